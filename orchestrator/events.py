@@ -8,7 +8,7 @@ Values by kind (fields may be added, never renamed):
     sample      {"prompt": ..., "completion": ..., "reference": ..., ...}
     alert       {"level": "info|warning|error", "code": "...", "message": "..."}
     checkpoint  {"path": "checkpoints/step-00000010", "bytes": 123, "sha256": "<of its manifest>"}
-    artifact    {"kind": "adapter|model|metrics|eval", "path": "output/adapter", "bytes": 123, "sha256": "<of its manifest>"}
+    artifact    {"kind": "adapter|model|metrics|eval", "path": "output/adapter", "bytes": 123, "sha256": "<manifest>"}
     progress    {"phase": "loading|tokenizing|preflight|training|evaluating|saving", "done": 3, "total": 20,
                  "unit": "steps", "eta_seconds": 41.0, "tokens_per_second": 210.0}
     heartbeat   {"rss_bytes": 123}

@@ -1,4 +1,4 @@
-"""The nouns of the house: frozen, slotted, defined once. Bytes become nouns in orchestrator/wire.py, which validates them.
+"""The nouns of the house: frozen, slotted, defined once. Untrusted bytes become nouns in orchestrator/wire.py only.
 
 Everything is plain data: `plain` turns a noun into JSON-ready values and `build` turns such values back, without
 pydantic, so that the kernel can read them on any machine.
@@ -372,8 +372,8 @@ class Approval:
 class Attempt:
     """One execution on one backend: the whole input of the kernel, written as attempt.json beside its outputs.
 
-    `spec` has no `auto` left. `data_fingerprint` is checked again when the attempt starts. `resume_from` is a checkpoint
-    folder relative to the job's folder ("attempts/1/checkpoints/step-00000010"), or None.
+    `spec` has no `auto` left. `data_fingerprint` is checked again when the attempt starts. `resume_from` is a
+    checkpoint folder relative to the job's folder ("attempts/1/checkpoints/step-00000010"), or None.
     """
 
     job: str

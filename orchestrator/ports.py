@@ -32,7 +32,7 @@ class Handle:
 class Observation:
     """What became known since a cursor: new events in order, the state now, and the cursor to ask with next.
 
-    `exit_code` is set once the attempt has ended: the process's own, 128 + n for signal n. `error` is an error document.
+    `exit_code` is set once the attempt has ended (the process's own, 128 + n for signal n); `error` is an error document.
     """
 
     state: AttemptState
@@ -44,7 +44,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A result that is home and verified. `path` is absolute; `sha256` is that of its manifest or of the file itself."""
+    """A result that is home and verified. `path` is absolute; `sha256` is of its manifest or of the file."""
 
     kind: str
     path: str
