@@ -32,7 +32,7 @@ class Handle:
 class Observation:
     """What became known since a cursor: new events in order, the state now, and the cursor to ask with next.
 
-    `exit_code` is set once the attempt has ended (the process's own, 128 + n for signal n); `error` is an error document.
+    `exit_code` is set once the attempt has ended (128 + n for signal n); `error` is an error document.
     """
 
     state: AttemptState
