@@ -93,7 +93,11 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptView:
-    """An attempt as the store knows it."""
+    """An attempt as the store knows it.
+
+    `checkpoint` is its newest checkpoint, relative to the job's folder. `cause` is what `JobPort.diagnose` recorded for
+    it; None until then, which is how the router knows that an ended attempt has not been diagnosed yet.
+    """
 
     number: int
     backend: str
@@ -104,6 +108,7 @@ class AttemptView:
     ended_at: str | None = None
     resumed_from: str | None = None
     checkpoint: str | None = None
+    cause: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,5 +165,8 @@ class JobPort(Protocol):
         ...
 
     def finish(self, job: str, state: JobState, error: Mapping[str, Any] | None = None) -> None:
-        """End the job: succeeded, failed, cancelled, rejected or lost."""
+        """End the job: succeeded, failed, cancelled, rejected or lost. Clears `wanted`.
+
+        A job that already stands in this end stays there (a `retry` that could not be carried out): the error is kept.
+        """
         ...
