@@ -64,7 +64,16 @@ PROBLEMS: dict[str, list[str]] = {
         "Do not renew {thing} next year",
     ],
 }
-THINGS = ["the lamp", "the headset", "the router", "the camera", "the speaker", "the watch", "the tablet", "the scanner"]
+THINGS = [
+    "the lamp",
+    "the headset",
+    "the router",
+    "the camera",
+    "the speaker",
+    "the watch",
+    "the tablet",
+    "the scanner",
+]
 URGENT = [
     "I need this solved today.",
     "This is urgent!",
