@@ -40,11 +40,15 @@ class Diagnosis:
     fix: str
 
 
-def diagnose(attempt: AttemptView, spec: JobSpec, view: JobView) -> Diagnosis:
+def diagnose(attempt: AttemptView, spec: JobSpec | None, view: JobView) -> Diagnosis:
     """The cause of an ended attempt. ValueError where the attempt has not ended."""
     cause = _cause(attempt, view)
     message, fix = _WORDS[cause]
-    words = {"number": attempt.number, "batch": spec.train.micro_batch, "length": spec.train.max_length}
+    words = {
+        "number": attempt.number,
+        "batch": spec.train.micro_batch if spec else "?",
+        "length": spec.train.max_length if spec else "?",
+    }
     return Diagnosis(cause, _evidence(cause, attempt), message.format(**words), fix.format(**words, job=view.id))
 
 
