@@ -217,7 +217,7 @@ def answer(client: Client, ref: str, pairs: Sequence[str]) -> Doc:
     """Answer a plan's questions with FIELD=VALUE pairs."""
     from tunesmith.orchestrator import wire
 
-    return _moved(client, ref, client.answer(ref, wire.read_sets(wire.parse_sets(pairs))))
+    return _moved(client, ref, client.answer(ref, wire.read_answers(wire.parse_sets(pairs))))
 
 
 def edit(client: Client, ref: str, pairs: Sequence[str]) -> Doc:

@@ -112,6 +112,13 @@ def read_sets(sets: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     return pairs
 
 
+def read_answers(pairs: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked answers. A question may ask for what is no spec key: that value need only be plain and bounded."""
+    documents.check_plain(pairs, name="The answers")
+    read_sets({key: value for key, value in pairs.items() if hint_at(_steps(key)) is not None})
+    return dict(pairs)
+
+
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
