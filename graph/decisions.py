@@ -1,4 +1,4 @@
-"""What the nodes of the job graph decide, as plain functions: the next attempt, a refused plan, the reason of an end."""
+"""What the nodes of the job graph decide, as plain functions: next attempt, refused plan, reason of an end."""
 
 from __future__ import annotations
 
