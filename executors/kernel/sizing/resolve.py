@@ -1,0 +1,441 @@
+"""Fits a spec to a device: every `auto` becomes a value with a reason, and what the user set stays as it is.
+
+Knobs are turned in an order: first those that leave the result as it is (micro-batch with accumulation, activation
+checkpointing), then an 8-bit optimizer for full training, then a quantised base; length, rank, method and model never.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+from tunesmith.executors.kernel import catalogue
+from tunesmith.executors.kernel.catalogue import ModelFacts
+from tunesmith.executors.kernel.sizing import defaults, size, time
+from tunesmith.executors.kernel.sizing.size import Kind, Layout, in_gib
+from tunesmith.orchestrator.errors import InputError
+from tunesmith.orchestrator.nouns import (
+    DataReport,
+    Device,
+    Estimate,
+    Finding,
+    JobSpec,
+    ModelRef,
+    Resolved,
+    Size,
+    TimeEstimate,
+)
+
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # a micro-batch of more tokens is no faster
+SEQUENCES = {"dpo": 2, "reward": 2}  # sequences that one row makes
+
+
+def unknown_model(ref: ModelRef) -> InputError:
+    """The error for a model that neither the catalogue nor this machine knows."""
+    near = catalogue.nearest(ref.id)
+    return InputError(
+        f"The model {ref.id[:200]!r} is not known.",
+        why="It is not in the catalogue, no folder of that name is here, and it is not in the Hugging Face cache.",
+        fix=f"Did you mean {', '.join(near[:-1])} or {near[-1]}? A local folder with config.json works too.",
+        where="model.id",
+        code="model.unknown",
+    )
+
+
+def resolve(
+    spec: JobSpec, facts: ModelFacts | None, report: DataReport, device: Device
+) -> tuple[JobSpec, Size, TimeEstimate | None, list[Resolved], list[Finding]]:
+    """The spec without any `auto`, what it needs, how long it takes, why each value was chosen, and what to know.
+
+    A job that cannot fit is returned all the same, with `Size.fits` False and the error finding `size.does_not_fit`
+    saying what would. The time is None where nothing is known of the device's speed, or nothing of the data.
+    Raises InputError("model.unknown") without facts. Cost: some milliseconds, no I/O but /proc/cpuinfo.
+    """
+    if facts is None:
+        raise unknown_model(spec.model)
+    fitting = _Fitting(spec=spec, facts=facts, report=report, device=device)
+    fitting.choose()
+    layout, micro = fitting.fit()
+    chosen = fitting.schedule(layout, micro)
+    sized = fitting.size(layout, micro)
+    fitting.notes(sized)
+    return chosen, sized, fitting.time, fitting.resolved, fitting.findings
+
+
+@dataclass(slots=True)
+class _Fitting:
+    """One pass from a spec to a fitted one. `values` are dotted keys with what they have become."""
+
+    spec: JobSpec
+    facts: ModelFacts
+    report: DataReport
+    device: Device
+    values: dict[str, Any] = field(default_factory=dict)
+    resolved: list[Resolved] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    time: TimeEstimate | None = None
+
+    # --- what does not depend on memory ---
+
+    def choose(self) -> None:
+        """Everything but the knobs that memory turns."""
+        spec, facts, rows = self.spec, self.facts, defaults.rows_of(self.report)
+        tokens, full = self.report.tokens, spec.adapter.kind == "none"
+        self._set("train.dtype", *defaults.dtype(self.device, full))
+        self._set("train.max_length", *defaults.max_length(facts, tokens))
+        self._set("train.effective_batch", *defaults.effective_batch(rows, spec.train.epochs, spec.train.max_steps))
+        self._set("train.packing", *defaults.packing(spec.method, self.values["train.max_length"], tokens))
+        self._set("train.learning_rate", *defaults.learning_rate(facts, spec.method, full))
+        rank, why = defaults.rank(rows)
+        self._set("adapter.rank", rank, "all weights are trained" if full else why)
+        self._set("adapter.alpha", *defaults.alpha(self.values["adapter.rank"]))
+        self._set("adapter.targets", *defaults.targets(facts))
+
+    def _set(self, key: str, value: Any, why: str) -> Any:
+        """The user's value where there is one, else this one, with its reason written down."""
+        given = self._given(key)
+        if given != "auto":
+            self.values[key] = given
+            return given
+        if key in self.values:
+            self.resolved = [item for item in self.resolved if item.key != key]
+        self.values[key] = value
+        self.resolved.append(Resolved(key=key, value=value, why=why))
+        return value
+
+    def _given(self, key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(self.spec, section), name)
+
+    # --- what memory decides ---
+
+    @property
+    def budget(self) -> int:
+        """Bytes the job may plan with: the device's, or the user's cap."""
+        cap = self.spec.limits.memory_gb
+        return min(self.device.memory_bytes, int(cap * size.GIB)) if cap is not None else self.device.memory_bytes
+
+    def tokens_of(self, rows: int) -> tuple[int, int]:
+        """(most tokens in a micro-batch of so many rows, its longest sequence)."""
+        spec, length = self.spec, int(self.values["train.max_length"])
+        known = self.report.tokens
+        longest = usual = length
+        if known is not None and known.exact:
+            longest = usual = min(length, known.max)
+            usual = min(length, known.p95) if self.values["train.packing"] else longest
+        elif known is not None and self.values["train.packing"]:
+            usual = min(length, known.p95)
+        if spec.method in ("grpo", "rloo"):
+            longest = usual = length + spec.grpo.max_completion
+        each = SEQUENCES.get(spec.method, 1)
+        return each * (longest + (rows - 1) * usual), longest
+
+    def layout(self, kind: str, rows: int, checkpointing: bool, optimizer: str, **changes: Any) -> Layout:
+        """What is held with these knobs."""
+        tokens, longest = self.tokens_of(rows)
+        grouped = self.spec.method in ("grpo", "rloo")
+        values: dict[str, Any] = {
+            "facts": self.facts,
+            "kind": cast(Kind, kind),
+            "rank": int(self.values["adapter.rank"]),
+            "targets": tuple(self.values["adapter.targets"]),
+            "dtype": str(self.values["train.dtype"]),
+            "tokens": tokens,
+            "longest": longest,
+            "checkpointing": checkpointing,
+            "optimizer": optimizer,
+            "device": self.device.kind,
+            "generations": self.spec.grpo.num_generations if grouped else 0,
+        }
+        return Layout(**{**values, **changes})
+
+    def _knobs(self) -> Iterator[tuple[str, str, bool]]:
+        """(adapter kind, optimizer, checkpointing) in the order they are tried; the user's values only."""
+        train, adapter, cuda = self.spec.train, self.spec.adapter, self.device.kind == "cuda"
+        kinds: list[str] = ["lora", *(["qlora"] if cuda else [])] if adapter.kind == "auto" else [adapter.kind]
+        flags = [False, True] if train.activation_checkpointing == "auto" else [train.activation_checkpointing]
+        for kind in kinds:
+            optimizers: list[str] = ["adamw"] if train.optimizer == "auto" else [train.optimizer]
+            if train.optimizer == "auto" and kind == "none" and cuda:
+                optimizers.append("adamw-8bit")
+            for optimizer in optimizers:
+                for flag in flags:
+                    yield kind, optimizer, flag
+
+    def _rows_at_once(self) -> list[int]:
+        """Micro-batches to try, the largest first: those that split the effective batch most evenly."""
+        given, effective = self.spec.train.micro_batch, int(self.values["train.effective_batch"])
+        if given != "auto":
+            return [given]
+        shares = sorted({math.ceil(effective / count) for count in range(1, effective + 1)}, reverse=True)
+        most = TOKENS_AT_ONCE[self.device.kind]
+        return [rows for rows in shares if rows == 1 or self.tokens_of(rows)[0] <= most]
+
+    def fit(self) -> tuple[Layout, int]:
+        """The first knobs that fit with their largest micro-batch; the least that could be tried where none do."""
+        last: tuple[Layout, int] | None = None
+        for kind, optimizer, flag in self._knobs():
+            for rows in self._rows_at_once():
+                last = self.layout(kind, rows, flag, optimizer), rows
+                if size.fits(last[0], self.budget):
+                    return self._settle(*last)
+        if last is None:
+            raise AssertionError("there is always something to try")
+        return self._settle(*last)
+
+    def _settle(self, layout: Layout, rows: int) -> tuple[Layout, int]:
+        effective = int(self.values["train.effective_batch"])
+        share = in_gib(size.SAFE_SHARE[self.device.kind] * self.budget)
+        count = math.ceil(effective / rows)
+        reason = {
+            "lora": "LoRA trains a small adapter and leaves the model as it is",
+            "qlora": f"in 16 bits the model does not fit into {share}; its weights are held in 4 bits",
+        }
+        self._set("adapter.kind", layout.kind, reason.get(layout.kind, ""))
+        why = f"the most that is fast and fits into {share}; {count} of them make a step of {effective} rows"
+        self._set("train.micro_batch", rows, why)
+        why = (
+            f"without it the step does not fit into {share}" if layout.checkpointing else "it fits without, and faster"
+        )
+        self._set("train.activation_checkpointing", layout.checkpointing, why)
+        why = "Adam's moments in 8 bits, as in 32 they do not fit" if layout.optimizer != "adamw" else "the usual one"
+        self._set("train.optimizer", layout.optimizer, why)
+        return layout, rows
+
+    # --- what follows from both ---
+
+    def schedule(self, layout: Layout, micro: int) -> JobSpec:
+        """Steps, time, and the spec without any `auto`."""
+        spec, rows = self.spec, defaults.rows_of(self.report)
+        effective = int(self.values["train.effective_batch"])
+        total = spec.train.max_steps
+        if total is None and rows is not None:
+            total = max(1, math.ceil(math.ceil(rows / effective) * spec.train.epochs))
+        self.time = self._time(layout, micro, total, rows)
+        train_seconds = self.time.seconds.expected / total if self.time and total else None
+        self._set("train.warmup_steps", *defaults.warmup_steps(total))
+        self._set("train.save_steps", *defaults.save_steps(total, train_seconds))
+        self._set("train.eval_steps", *defaults.eval_steps(total))
+        order = {key: number for number, key in enumerate(_ORDER)}
+        self.resolved.sort(key=lambda item: order[item.key])
+        changes: dict[str, dict[str, Any]] = {"adapter": {}, "train": {}}
+        for key, value in self.values.items():
+            section, name = key.split(".")
+            changes[section][name] = value
+        return replace(
+            spec, adapter=replace(spec.adapter, **changes["adapter"]), train=replace(spec.train, **changes["train"])
+        )
+
+    def _time(self, layout: Layout, micro: int, total: int | None, rows: int | None) -> TimeEstimate | None:
+        known, length = self.report.tokens, int(self.values["train.max_length"])
+        effective, each = int(self.values["train.effective_batch"]), SEQUENCES.get(self.spec.method, 1)
+        if total is None:
+            return None
+        if known is not None and rows is not None:
+            used = max(1, self.report.used_rows or rows)
+            mean = known.total.expected / used
+            scale = total * effective / used
+            tokens = Estimate(
+                low=known.total.low * scale,
+                expected=known.total.expected * scale,
+                high=known.total.high * scale,
+                unit="tokens",
+            )
+        else:  # only the number of steps is known
+            mean = length / 2
+            seen = float(total * effective)
+            tokens = Estimate(low=seen * length / 20, expected=seen * mean, high=seen * length, unit="tokens")
+        generated = 0.0
+        if self.spec.method in ("grpo", "rloo"):
+            generated = float(total * effective * self.spec.grpo.max_completion)
+        share = known.supervised_share if known is not None and known.supervised_share is not None else 0.5
+        evaluations = math.ceil(total / max(1, defaults.eval_steps(total)[0]))
+        work = time.Work(
+            facts=self.facts,
+            adapter=layout.kind != "none",
+            quantised=layout.kind == "qlora",
+            trained=size.trainable(layout.facts, layout.kind, layout.rank, layout.targets),
+            checkpointing=layout.checkpointing,
+            dtype=layout.dtype,
+            tokens=tokens,
+            supervised_share=share,
+            mean=mean * each,
+            steps=total,
+            micro_batches=total * math.ceil(effective / micro),
+            eval_tokens=evaluations * (self.report.eval_rows or 0) * mean,
+            generated=generated,
+        )
+        return time.estimate(work, self.device)
+
+    def size(self, layout: Layout, micro: int) -> Size:
+        """The size of what was chosen; the error finding where it does not fit."""
+        effective = int(self.values["train.effective_batch"])
+        peak, fits = size.peak(layout), size.fits(layout, self.budget)
+        if not fits:
+            self.findings.append(self._does_not_fit(layout, peak))
+        return Size(
+            params=self.facts.params,
+            trainable=size.trainable(layout.facts, layout.kind, layout.rank, layout.targets),
+            peak_bytes=peak,
+            parts=size.parts(layout),
+            device_bytes=self.budget,
+            fits=fits,
+            micro_batch=micro,
+            grad_accum=max(1, math.ceil(effective / micro)),
+            max_length=int(self.values["train.max_length"]),
+            activation_checkpointing=layout.checkpointing,
+            quantization="nf4" if layout.kind == "qlora" else None,
+            rank=None if layout.kind == "none" else layout.rank,
+        )
+
+    def _does_not_fit(self, layout: Layout, peak: Estimate) -> Finding:
+        safe = size.SAFE_SHARE[self.device.kind]
+        where = f"{self.device.hardware} has {in_gib(self.device.memory_bytes)}"
+        if self.budget < self.device.memory_bytes:
+            where = f"limits.memory_gb allows {in_gib(self.budget)}"
+        ways = self._ways(layout)
+        needs = math.ceil(peak.high / safe / size.GIB)
+        ways.append(f"a device with {needs} GiB")
+        return Finding(
+            level="error",
+            code="size.does_not_fit",
+            message=f"It needs about {in_gib(peak.expected)} (up to {in_gib(peak.high)}); {where}, "
+            f"of which {in_gib(safe * self.budget)} can be planned with.",
+            where="limits.memory_gb" if self.budget < self.device.memory_bytes else f"hardware {self.device.hardware}",
+            fix="This would fit: " + "; ".join(ways) + ".",
+        )
+
+    def _ways(self, layout: Layout) -> list[str]:
+        """What would make it fit: the fewest changes, those with the same result first, then smaller models."""
+        tokens, longest = self.tokens_of(1)
+        steps: list[tuple[str, dict[str, Any]]] = [
+            ("train.micro_batch=1 (same result)", {"tokens": tokens}),
+            ("train.activation_checkpointing=true (same result, slower)", {"checkpointing": True}),
+            (
+                "adapter.kind=lora (an adapter instead of all weights)",
+                {"kind": "lora"} if layout.kind == "none" else {},
+            ),
+        ]
+        if layout.dtype == "float32" and (self.device.kind == "cpu" or defaults.has_bf16(self.device)):
+            steps.append(("train.dtype=bfloat16", {"dtype": "bfloat16"}))
+        if self.device.kind == "cuda":
+            steps.append(("adapter.kind=qlora (the model in 4 bits)", {"kind": "qlora"}))
+        for shorter in (longest // 2, longest // 4):
+            if shorter >= 128:
+                cut = {"tokens": tokens * shorter // longest, "longest": shorter}
+                steps.append((f"train.max_length={shorter} (leaves longer rows out)", cut))
+        ways, said, other = [], {}, layout
+        for text, change in steps:
+            if all(getattr(other, name) == value for name, value in change.items()):
+                continue
+            if (tighter := other.but(**change)) and size.peak(tighter).high >= size.peak(other).high:
+                continue
+            other = tighter
+            said[text.partition("=")[0]] = text
+            if size.fits(other, self.budget):
+                ways.append(" with ".join(said.values()))
+                break
+        for smaller in _smaller(self.facts):
+            kinds = [layout.kind, "lora"] if layout.kind == "none" else [layout.kind]
+            for kind in kinds:
+                fitted = layout.but(facts=smaller, targets=tuple(smaller.linears), kind=kind, tokens=tokens)
+                if size.fits(fitted, self.budget):
+                    ways.append(smaller.id + (" with adapter.kind=lora" if kind != layout.kind else ""))
+                    break
+        return ways
+
+    def notes(self, sized: Size) -> None:
+        """Findings that stop nothing."""
+        report, train = self.report, self.spec.train
+
+        def note(level: Literal["warning", "info"], code: str, message: str, where: str, fix: str = "") -> None:
+            self.findings.append(Finding(level=level, code=code, message=message, where=where, fix=fix))
+
+        if report.used_rows is None or report.tokens is None:
+            what = f"rows of {sized.max_length:,} tokens" if train.max_length == "auto" else "full-length rows"
+            note(
+                "info",
+                "size.assumed",
+                f"The data could not be read from here: memory is planned for {what}, and "
+                + ("the time is not known." if self.time is None else "the time is a rough range."),
+                "data",
+                "Give train.max_length and train.max_steps to narrow it.",
+            )
+        if sized.max_length > self.facts.context:
+            note(
+                "warning",
+                "train.beyond_context",
+                f"train.max_length={sized.max_length:,} is beyond the model's {self.facts.context:,} tokens of context.",
+                "train.max_length",
+                f"Set it to {self.facts.context:,} or less.",
+            )
+        known = report.tokens
+        if known is not None and train.max_length == "auto" and known.max > sized.max_length:
+            note(
+                "warning",
+                "train.rows_too_long",
+                f"Some rows are longer than {sized.max_length:,} tokens (the longest seen has {known.max:,}).",
+                "train.max_length",
+                f"Set train.max_length={known.max:,} to train on all of them.".replace(",", ""),
+            )
+        if self.device.kind != "cuda":
+            for key, wish in (("adapter.kind", "qlora"), ("train.optimizer", "adamw-8bit")):
+                if self._given(key) == wish:
+                    self.findings.append(
+                        Finding(
+                            level="error",
+                            code="size.needs_cuda",
+                            message=f"{key}={wish} needs an NVIDIA GPU; {self.device.hardware} is none.",
+                            where=key,
+                            fix=f"Leave {key} to auto, or choose a backend with a GPU.",
+                        )
+                    )
+        effective = int(self.values["train.effective_batch"])
+        if train.micro_batch != "auto" and train.micro_batch > effective:
+            note(
+                "warning",
+                "train.micro_batch_unused",
+                f"A step has {effective} rows, so a micro-batch of {train.micro_batch} is never full.",
+                "train.micro_batch",
+                f"Set it to {effective} or less, or raise train.effective_batch.",
+            )
+        unknown = [name for name in self.values["adapter.targets"] if name not in self.facts.linears]
+        if unknown and self.spec.adapter.kind != "none":
+            note(
+                "warning",
+                "adapter.targets_unknown",
+                f"{self.facts.id} has no linear layer {unknown[0]!r:.60} in its blocks.",
+                "adapter.targets",
+                f"It has {', '.join(self.facts.linears)}.",
+            )
+
+
+def _smaller(facts: ModelFacts) -> list[ModelFacts]:
+    """The largest smaller models of the same family and kind, two at most."""
+    same = [
+        model
+        for model in catalogue.known()
+        if model.family == facts.family and model.instruct == facts.instruct and model.params < facts.params
+    ]
+    return sorted(same, key=lambda model: -model.params)[:2]
+
+
+_ORDER = (
+    "adapter.kind",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.targets",
+    "train.learning_rate",
+    "train.effective_batch",
+    "train.micro_batch",
+    "train.max_length",
+    "train.packing",
+    "train.dtype",
+    "train.optimizer",
+    "train.activation_checkpointing",
+    "train.warmup_steps",
+    "train.save_steps",
+    "train.eval_steps",
+)
