@@ -22,7 +22,7 @@ from typing import Any
 
 from tunesmith.executors.kernel import data
 from tunesmith.orchestrator.errors import InputError, TunesmithError
-from tunesmith.orchestrator.nouns import Attempt, Mapping, build
+from tunesmith.orchestrator.nouns import Attempt, build
 
 BATCH = 8
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -76,18 +76,10 @@ def _final_number(text: str) -> float | None:
 def held_out(attempt: Attempt) -> list[tuple[int, list[dict[str, str]], str]]:
     """The rows an attempt never trained on, as (row, the messages before the last answer, that answer).
 
-    Raises InputError where the data has no single last answer to compare with, as plain text has not.
+    Raises InputError where the data has no answer to compare with, as plain text has not.
     """
-    examples = []
-    for row in data.read(attempt.spec.data):
-        mapping = attempt.spec.data[row.source].mapping
-        assert isinstance(mapping, Mapping)
-        with contextlib.suppress(InputError):
-            examples.append(data.convert(row, mapping))
-    _, kept = data.split(len(examples), attempt.spec.eval.fraction, attempt.spec.train.seed)
     found = []
-    for index in kept:
-        example = examples[index]
+    for example in data.prepare(attempt.spec).eval:
         if example.messages and example.messages[-1].role == "assistant":
             turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
             found.append((example.row, turns[:-1], turns[-1]["content"]))
