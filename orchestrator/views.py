@@ -16,6 +16,7 @@ from rich.text import Text
 from tunesmith.orchestrator import figures
 from tunesmith.orchestrator.events import number
 from tunesmith.orchestrator.inert import inert
+from tunesmith.orchestrator.progress import Progress
 
 Doc = Mapping[str, Any]
 
@@ -274,3 +275,31 @@ def doctor(doc: Doc) -> RenderableType:
             said = Group(said, text(check["fix"], "dim"))
         table.add_row(Text(status, style=styles.get(status, "")), text(check.get("name", "")), said)
     return table
+
+
+def live(progress: Progress) -> RenderableType:
+    """A running job as it is drawn while one follows it."""
+    line = state(progress.state)
+    if progress.phase:
+        line.append(f"  {inert(progress.phase, limit=30)}  ")
+    if progress.share is not None:
+        line.append_text(bar(progress.share))
+    if progress.step is not None and progress.phase in ("training", ""):
+        line.append(f"  {progress.step}" + (f"/{progress.total}" if progress.total else ""), style="bold")
+    elif progress.of:
+        line.append(f"  {figures.count(progress.done)}/{figures.count(progress.of)}")
+    second = Text()
+    if progress.loss is not None:
+        second.append(f"loss {figures.amount(progress.loss)}", style="bold")
+        if progress.first_loss is not None and progress.first_loss != progress.loss:
+            second.append(f" (from {figures.amount(progress.first_loss)})", style="dim")
+    if progress.tokens_per_second:
+        second.append(f"   {progress.tokens_per_second:,.0f} tokens/s")
+    if progress.eta_seconds is not None:
+        second.append(f"   {figures.duration(progress.eta_seconds)} left")
+    parts: list[RenderableType] = [line]
+    if second:
+        parts.append(second)
+    if progress.alerts:
+        parts.append(text(progress.alerts[-1], "yellow"))
+    return Group(*parts)
