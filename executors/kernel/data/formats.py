@@ -339,8 +339,11 @@ def _is_classification(seen: Columns) -> bool:
 
 
 def _shadowed(shape: Shape, found: Sequence[Shape]) -> bool:
-    """Whether a prompt-only reading is only what is left of a preference set: its answers would be thrown away."""
-    return shape.kind == "prompt-only" and any(other.kind == "preference" for other in found)
+    """Whether a shape is only the prompt of a preference set, whose answers would be thrown away."""
+    pair = next((other for other in found if other.kind == "preference"), None)
+    if pair is None or shape is pair:
+        return False
+    return shape.kind == "prompt-only" or pair.columns.get("prompt") in shape.columns.values()
 
 
 # --- what is said when nothing fits --------------------------------------------------------------------------------
