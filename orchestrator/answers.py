@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from tunesmith.orchestrator import figures
 from tunesmith.orchestrator.events import number
@@ -17,7 +17,23 @@ from tunesmith.orchestrator.inert import inert
 from tunesmith.orchestrator.states import JOB_ENDS, JobState
 
 Doc = Mapping[str, Any]
-Series = Callable[[str, str], Sequence[Sequence[Any]]]
+
+
+class Records(Protocol):
+    """What may be looked at to answer: documents of the daemon, never the store itself."""
+
+    def show(self, job: str) -> Doc:
+        """The `show` document of a job."""
+        ...
+
+    def jobs(self, limit: int = 50) -> Sequence[Doc]:
+        """Summaries, newest first."""
+        ...
+
+    def series(self, job: str, keys: tuple[str, ...] = ()) -> Mapping[str, Sequence[Sequence[Any]]]:
+        """{key: [[step, value, time], ...]} of the keys asked for."""
+        ...
+
 
 ABLE = (
     "status, progress, loss and its trend, learning rate, speed, time left, settings, results, cost, the queue, "
@@ -29,25 +45,19 @@ _WAITING = frozenset({JobState.AWAITING_INPUT, JobState.AWAITING_APPROVAL})
 _JOB_ID = re.compile(r"\bj-[a-z2-7]{6}\b", re.ASCII)
 
 
-def ask(
-    question: str,
-    job: Doc | None,
-    jobs: Sequence[Doc],
-    series: Series,
-    *,
-    now: datetime | None = None,
-) -> dict[str, Any]:
+def ask(question: str, *, job: str | None, read: Records, now: datetime | None = None) -> dict[str, Any]:
     """{"answer", "facts": [{"key", "value", "step"?}], "job": id | null} for a question.
 
-    `job` is the `show` document asked about, or None; then the job named in the question is taken, or the one under
-    way, or the newest. `jobs` are summaries, newest first; `series(job, key)` gives [[step, value, time], ...].
+    `job` is the id asked about, or None; then the job named in the question is taken, or the one under way, or the
+    newest. Two or three reads of the records, whatever the question.
     """
-    asked = _Asked(_plain(question), job, jobs, series, now or datetime.now(UTC))
-    if asked.subject is None and not asked.about_all():
+    text = _plain(question)
+    jobs = read.jobs()
+    chosen = job if job is not None else _choose(text, jobs)
+    if chosen is None:
         return {"answer": "There is no job yet, so there is nothing to tell.", "facts": [], "job": None}
-    said = asked.answer()
-    subject = asked.subject
-    return {"answer": said, "facts": asked.facts, "job": subject.get("id") if subject is not None else None}
+    asked = _Asked(text, read.show(chosen), jobs, read, now or datetime.now(UTC))
+    return {"answer": asked.answer(), "facts": asked.facts, "job": chosen}
 
 
 def _plain(question: str) -> str:
@@ -57,21 +67,14 @@ def _plain(question: str) -> str:
 class _Asked:
     """One question, with the job it is about and the facts its answer rests on."""
 
-    def __init__(self, text: str, job: Doc | None, jobs: Sequence[Doc], series: Series, now: datetime) -> None:
+    def __init__(self, text: str, job: Doc, jobs: Sequence[Doc], read: Records, now: datetime) -> None:
         self.text = text
+        self.job = job
         self.jobs = jobs
-        self.series = series
+        self.read = read
         self.now = now
-        self.subject = job if job is not None else _choose(text, jobs)
+        self.name = inert(job.get("name") or job.get("id") or "the job", limit=80)
         self.facts: list[dict[str, Any]] = []
-
-    @property
-    def job(self) -> Doc:
-        return self.subject or {}
-
-    @property
-    def name(self) -> str:
-        return inert(self.job.get("name") or self.job.get("id") or "the job", limit=80)
 
     def about_all(self) -> bool:
         """Whether the question is about all jobs rather than about one."""
@@ -99,7 +102,7 @@ class _Asked:
     def points(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of a series, non-finite values included."""
         found = []
-        for point in self.series(str(self.job.get("id", "")), key):
+        for point in self.read.series(str(self.job.get("id", "")), (key,)).get(key) or ():
             value = number(point[1])
             if value is not None and isinstance(point[0], int):
                 found.append((point[0], value))
@@ -345,13 +348,18 @@ def trend(values: Sequence[float]) -> str:
     return "; it is still falling" if change < 0 else "; it has been rising lately"
 
 
-def _choose(text: str, jobs: Sequence[Doc]) -> Doc | None:
+def _choose(text: str, jobs: Sequence[Doc]) -> str | None:
     """The job that a question names, else the one under way, else the newest."""
-    named = set(_JOB_ID.findall(text))
-    for job in jobs:
-        if job.get("id") in named or (job.get("name") and str(job["name"]).lower() in text):
-            return job
-    return next((job for job in jobs if job.get("state") in _UNDERWAY), jobs[0] if jobs else None)
+    ids = set(_JOB_ID.findall(text))
+    named = [job for job in jobs if job.get("id") in ids or _is_named(job, text)]
+    underway = [job for job in jobs if job.get("state") in _UNDERWAY]
+    found = [*named, *underway, *jobs]
+    return str(found[0]["id"]) if found else None
+
+
+def _is_named(job: Doc, text: str) -> bool:
+    name = str(job.get("name") or "").lower()
+    return bool(name) and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 def _named(job: Doc) -> str:
