@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +11,14 @@ from tunesmith.graph import route as names
 from tunesmith.graph.diagnose import diagnose, error_doc, resume_point
 from tunesmith.graph.route import newest, route, runnable
 from tunesmith.orchestrator.errors import Conflict, NoDaemon, TunesmithError
-from tunesmith.orchestrator.nouns import Attempt, Finding, JobSpec, Plan, build, digest, plain
+from tunesmith.orchestrator.nouns import Attempt, Finding, JobSpec, Plan, build, plain
 from tunesmith.orchestrator.ports import JobPort, JobView
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, JOB_ENDS, JobState
 
 
 def basis(view: JobView) -> str:
     """A hash of what a plan is made from: a plan made from anything else is not saved."""
-    return digest({"request": plain(view.request), "answers": plain(view.answers)})
+    return _hash({"request": plain(view.request), "answers": plain(view.answers)})
 
 
 def spec(view: JobView) -> JobSpec | None:
@@ -49,7 +51,7 @@ def refused_plan(error: TunesmithError) -> Plan:
     """The plan of a request that cannot be planned: no stage, and the error as its finding."""
     message = " ".join(part for part in (error.message, error.why) if part)
     finding = Finding(level="error", code=error.code, message=message, where=error.where, fix=error.fix)
-    return Plan(plan_hash=digest(finding), intent="train", command=("tunesmith", "plan"), findings=(finding,))
+    return Plan(plan_hash=_hash(plain(finding)), intent="train", command=("tunesmith", "plan"), findings=(finding,))
 
 
 def admitted(plan: Plan) -> Plan:
@@ -66,7 +68,7 @@ def admitted(plan: Plan) -> Plan:
     else:
         finding = Finding(
             level="error",
-            code="request.no_job",
+            code="intent.not_train",
             message=f"This asks for {plan.intent}, and nothing is trained for it.",
             fix=" ".join(plan.command),
         )
@@ -98,3 +100,8 @@ def reason(node: str, view: JobView) -> Mapping[str, Any] | None:
     if last is None or last.state not in ATTEMPT_ENDS:
         return TunesmithError("The job was under way, but no attempt of it is known.", code="attempt.none").to_doc()
     return error_doc(last, diagnose(last, spec(view), view))
+
+
+def _hash(values: Any) -> str:
+    """SHA-256 of any plain values, with text that is not Unicode and numbers that are none: nothing is checked yet."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -98,6 +98,7 @@ class JobStore:
             plan_hash = plan_hash or doc["plan"]["plan_hash"]
             doc["approval"] = plain(Approval(plan_hash=plan_hash, by="test", hours=hours))
             doc["serial"] += 1
+            _approved(doc)
 
     def want(self, job, what):
         with self.change(job) as doc:
@@ -190,6 +191,7 @@ class Port:
                 if doc["yes"]:
                     doc["yes"] = False
                     doc["approval"] = plain(Approval(plan_hash=plan.plan_hash, by="yes"))
+                    _approved(doc)
 
     def submit(self, job, attempt):
         doc = self.store.doc(job)
@@ -206,7 +208,8 @@ class Port:
         with self.write(job, "submit", attempt.number) as doc:
             if attempt.key in doc["attempts"]:
                 return
-            _move(doc, S.QUEUED)
+            if doc["state"] != S.QUEUED:
+                _move(doc, S.QUEUED)
             view = AttemptView(
                 number=attempt.number, backend="local", state=AttemptState.SUBMITTED, resumed_from=attempt.resume_from
             )
@@ -273,6 +276,12 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def _approved(doc):
+    """A first approval queues the job; one after earlier attempts leaves it to the graph to begin anew."""
+    if not doc["attempts"] and doc["approval"]["plan_hash"] == doc["plan"]["plan_hash"]:
+        _move(doc, S.QUEUED)
 
 
 def _move(doc, new):

@@ -1,0 +1,624 @@
+"""The job graph over an honest store: the main road, every side road, and everything that may be lost on the way."""
+
+import json
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import ormsgpack
+import pytest
+
+from tunesmith.graph import machine, planning
+from tunesmith.graph.machine import Halted, NodeFailed, Strict, Tools, advance
+from tunesmith.orchestrator.errors import Conflict, InputError, NoDaemon, StorageError, TunesmithError
+from tunesmith.orchestrator.nouns import Request
+from tunesmith.orchestrator.states import AttemptState as A
+from tunesmith.orchestrator.states import JobState as S
+
+JOB = "j-aaaaaa"
+
+
+class Drive:
+    """Turns of one job's graph; `steps` are the nodes entered, over all turns."""
+
+    def __init__(self, store, folder):
+        self.store, self.folder, self.steps = store, folder, []
+        self.database = folder / "graph.db"
+
+    def __call__(self, port=None, enter=None):
+        port = port or self.store.lease(JOB)
+        return advance(JOB, Tools(port, self.folder / "cache", enter or self.steps.append), self.database)
+
+    def state(self):
+        return self.store.doc(JOB)["state"]
+
+    def calls(self):
+        return [call[0] for call in self.store.doc(JOB)["calls"]]
+
+
+@pytest.fixture
+def drive(store, tmp_path):
+    return Drive(store, tmp_path)
+
+
+def through(drive, store, between=lambda: None):
+    """The whole main road of a job with a question; `between` is called at each interrupt."""
+    assert drive() == "review"
+    assert drive.state() == S.AWAITING_INPUT
+    between()
+    field = store.view(JOB).plan.questions[0].field
+    store.answer(JOB, **{field: "smollm2-135m"})
+    assert drive() == "review"
+    assert drive.state() == S.AWAITING_APPROVAL
+    between()
+    store.approve(JOB)
+    assert drive() == "await"
+    assert drive.state() == S.QUEUED
+    between()
+    store.start(JOB)
+    store.end(JOB, exit_code=0)
+    assert drive() == "end"
+
+
+def test_the_main_road(drive, store, good):
+    store.create(JOB, good)
+    assert drive() == "review"
+    assert drive.state() == S.AWAITING_APPROVAL
+    plan = store.view(JOB).plan
+    assert len(plan.stages) == 1
+    store.approve(JOB, hours=2)
+    assert drive() == "await"
+    view = store.view(JOB)
+    assert (view.state, len(view.attempts), view.attempts[0].resumed_from) == (S.QUEUED, 1, None)
+    assert store.doc(JOB)["caps"] == 7200
+    store.start(JOB)
+    store.end(JOB, exit_code=0)
+    assert drive() == "end"
+    assert drive.state() == S.SUCCEEDED
+    assert store.view(JOB).attempts[0].cause == "succeeded"
+    assert drive.calls() == ["save_plan", "submit", "diagnose", "collect", "finish"]
+    assert store.doc(JOB)["artifacts"]
+    planned = ["intake", "inspect", "size", "estimate"]
+    assert drive.steps == [*planned, "review", "review", "submit", "await", "await", "diagnose", "deliver"]
+
+
+def test_yes_goes_through_without_a_stop(drive, store, good):
+    store.create(JOB, good, yes=True)
+    assert drive() == "await"
+    assert drive.calls() == ["save_plan", "submit"]
+
+
+def test_a_question_is_answered(drive, store, vague):
+    store.create(JOB, vague)
+    through(drive, store)
+    assert drive.state() == S.SUCCEEDED
+    assert store.view(JOB).plan.stages[0].spec.model.id
+    assert store.doc(JOB)["wrongs"] == []
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, None])
+def test_graph_db_deleted_at_an_interrupt_gives_the_same_ending(drive, store, vague, stop):
+    """At each one alone, and (None) at every one."""
+    seen = iter(range(3))
+
+    def delete():
+        if next(seen) == stop or stop is None:
+            for path in drive.folder.glob("graph.db*"):
+                path.unlink()
+
+    store.create(JOB, vague)
+    through(drive, store, delete)
+    doc = store.doc(JOB)
+    assert doc["state"] == S.SUCCEEDED
+    assert drive.calls() == ["save_plan", "save_plan", "submit", "diagnose", "collect", "finish"]
+    assert doc["wrongs"] == []
+
+
+def test_an_interrupt_resumed_without_what_it_waits_for_waits_again(drive, store, good):
+    store.create(JOB, good)
+    for _ in range(4):
+        assert drive() == "review"
+    store.approve(JOB)
+    for _ in range(4):
+        assert drive() == "await"
+    store.start(JOB)
+    assert drive() == "await"
+    assert drive.calls() == ["save_plan", "submit"]
+
+
+def test_an_edit_voids_the_plan_and_its_approval(drive, store, good):
+    store.create(JOB, good)
+    drive()
+    first = store.view(JOB).plan.plan_hash
+    store.approve(JOB)
+    with store.change(JOB) as doc:  # the edit is faster than the driver
+        doc["state"] = S.AWAITING_APPROVAL
+    store.edit(JOB, train__max_steps=7)
+    assert drive() == "review"
+    view = store.view(JOB)
+    assert view.plan.plan_hash != first
+    assert view.plan.stages[0].spec.train.max_steps == 7
+    assert (view.approval, view.attempts) == (None, ())
+
+
+def test_a_stale_approval_submits_nothing(drive, store, good):
+    store.create(JOB, good)
+    drive()
+    store.approve(JOB, plan_hash="0" * 64)
+    assert drive() == "review"
+    assert store.view(JOB).attempts == ()
+    assert store.doc(JOB)["wrongs"] == []
+    store.approve(JOB)
+    assert drive() == "await"
+
+
+def test_a_request_changed_while_it_is_planned_is_planned_again(drive, store, good):
+    store.create(JOB, good)
+    edits = []
+
+    def enter(node):
+        drive.steps.append(node)
+        if node == "estimate" and not edits:
+            edits.append(node)
+            with store.change(JOB) as doc:
+                doc["request"]["sets"] = {"train.max_steps": 9}
+
+    assert drive(enter=enter) == "review"
+    assert store.view(JOB).plan.stages[0].spec.train.max_steps == 9
+    assert drive.calls() == ["save_plan"]
+    assert drive.steps.count("intake") == 2
+
+
+@pytest.mark.parametrize(("wish", "end"), [("cancel", S.CANCELLED), ("reject", S.REJECTED)])
+def test_a_person_ends_it_before_anything_ran(drive, store, good, wish, end):
+    store.create(JOB, good)
+    drive()
+    store.want(JOB, wish)
+    assert drive() == "end"
+    assert (drive.state(), store.doc(JOB)["wanted"], store.doc(JOB)["error"]) == (end, None, None)
+
+
+def test_cancel_waits_for_the_attempt_to_be_dead(drive, store, good):
+    store.create(JOB, good, yes=True)
+    drive()
+    store.start(JOB)
+    store.want(JOB, "cancel")
+    assert drive() == "await"
+    store.end(JOB, A.CANCELLED, exit_code=75)
+    assert drive() == "end"
+    assert (drive.state(), store.view(JOB).attempts[0].cause) == (S.CANCELLED, "cancelled")
+
+
+@pytest.mark.parametrize(
+    ("state", "facts", "end", "code"),
+    [
+        (A.FAILED, {"exit_code": 137}, S.FAILED, "attempt.oom.host"),
+        (A.FAILED, {"exit_code": 2, "error": InputError("Row 3.", code="data.row").to_doc()}, S.FAILED, "data.row"),
+        (A.FAILED, {"exit_code": 75}, S.CANCELLED, "attempt.stopped"),
+        (A.LOST, {}, S.LOST, "attempt.lost"),
+    ],
+)
+def test_an_attempt_that_did_not_succeed_ends_the_job_with_its_reason(drive, store, good, state, facts, end, code):
+    store.create(JOB, good, yes=True)
+    drive()
+    store.start(JOB)
+    store.end(JOB, state, **facts)
+    assert drive() == "end"
+    doc = store.doc(JOB)
+    assert (doc["state"], doc["error"]["code"]) == (end, code)
+    assert doc["error"]["message"]
+    assert drive.calls() == ["save_plan", "submit", "diagnose", "finish"]
+
+
+@pytest.mark.parametrize("end", [A.FAILED, A.LOST, A.CANCELLED])
+def test_retry_queues_another_attempt_from_the_newest_checkpoint(drive, store, good, end):
+    store.create(JOB, good, yes=True)
+    drive()
+    store.start(JOB)
+    store.end(JOB, end, exit_code=1, checkpoint="attempts/1/checkpoints/step-00000010")
+    assert drive() == "end"
+    assert drive() == "end", "nothing leaves an end by itself"
+    store.want(JOB, "retry")
+    assert drive() == "await"
+    view = store.view(JOB)
+    assert (view.state, view.wanted, len(view.attempts)) == (S.QUEUED, None, 2)
+    assert max(view.attempts, key=lambda item: item.number).resumed_from == "attempts/1/checkpoints/step-00000010"
+    store.start(JOB)
+    store.end(JOB, exit_code=0)
+    assert drive() == "end"
+    assert drive.state() == S.SUCCEEDED
+
+
+def test_retry_of_what_was_never_planned_plans_again(drive, store, good, rows):
+    moved = rows.rename(rows.with_name("moved.jsonl"))
+    store.create(JOB, good)
+    assert drive() == "end"
+    doc = store.doc(JOB)
+    assert doc["state"] == S.FAILED
+    assert doc["plan"]["plan_hash"]
+    assert str(rows.name) in doc["error"]["message"]
+    assert doc["error"]["code"].startswith("data")
+    moved.rename(rows)
+    store.want(JOB, "retry")
+    assert drive() == "review"
+    assert drive.state() == S.AWAITING_APPROVAL
+
+
+@pytest.mark.parametrize("step", ["intake", "inspect", "size", "estimate"])
+def test_an_error_of_planning_becomes_a_finding_and_never_a_crash(drive, store, good, monkeypatch, step):
+    def refuse(*_):
+        raise InputError("It is broken.", why="Because.", fix="Mend it.", where="row 3", code="data.test")
+
+    monkeypatch.setattr(planning, step, refuse)
+    store.create(JOB, good)
+    assert drive() == "end"
+    plan = store.view(JOB).plan
+    assert drive.state() == S.FAILED
+    [finding] = plan.errors
+    assert (finding.code, finding.message, finding.where, finding.fix) == (
+        "data.test", "It is broken. Because.", "row 3", "Mend it.",
+    )  # fmt: skip
+
+
+def test_a_sentence_that_trains_nothing_fails_with_the_command_that_helps(drive, store, tmp_path):
+    store.create(JOB, Request(text="How is the training going?", cwd=str(tmp_path)))
+    assert drive() == "end"
+    assert drive.state() == S.FAILED
+    assert store.view(JOB).plan.errors
+
+
+def test_numbers_and_texts_that_no_database_likes_are_planned_too(drive, store, good):
+    spec = {**good.spec, "name": "x\ud800y", "train": {"max_steps": 10**30}}
+    store.create(JOB, Request(spec=spec, cwd=good.cwd))
+    drive()
+    assert drive.state() in (S.FAILED, S.AWAITING_APPROVAL, S.AWAITING_INPUT)
+
+
+@pytest.mark.parametrize("step", ["intake", "inspect", "size", "estimate", "submit"])
+def test_an_unexpected_error_is_tried_a_bounded_number_of_times(drive, store, good, monkeypatch, caplog, step):
+    tries = []
+
+    def broken(*_):
+        tries.append(1)
+        raise ZeroDivisionError("secret detail")
+
+    if step == "submit":
+        monkeypatch.setattr(machine, "next_attempt", broken)
+    else:
+        monkeypatch.setattr(planning, step, broken)
+    store.create(JOB, good, yes=True)
+    with caplog.at_level(logging.ERROR), pytest.raises(NodeFailed, match=step) as caught:
+        drive()
+    assert len(tries) == machine.TRIES
+    assert "ZeroDivisionError" in caplog.text
+    assert "secret detail" not in str(caught.value)
+    assert not list(drive.folder.glob("*.broken"))
+
+
+def test_a_passing_error_is_forgiven(drive, store, good, monkeypatch):
+    real, tries = planning.size, []
+
+    def flaky(*given):
+        tries.append(1)
+        if len(tries) < machine.TRIES:
+            raise ConnectionResetError("a hiccup")
+        return real(*given)
+
+    monkeypatch.setattr(planning, "size", flaky)
+    store.create(JOB, good)
+    assert drive() == "review"
+
+
+@pytest.mark.parametrize(
+    "error", [StorageError("The disk is full.", code="storage.full"), InputError("No such backend.")]
+)
+def test_what_the_store_refuses_ends_the_job_with_that_reason(drive, store, good, error):
+    store.create(JOB, good, yes=True)
+    port = store.lease(JOB)
+
+    def refuse(job, attempt):
+        raise error
+
+    port.submit = refuse
+    assert drive(port) == "end"
+    assert (drive.state(), store.doc(JOB)["error"]["message"]) == (S.FAILED, error.message)
+
+
+def test_results_that_do_not_verify_fail_the_job(drive, store, good):
+    store.create(JOB, good, yes=True)
+    drive()
+    store.start(JOB)
+    store.end(JOB, exit_code=0)
+    port = store.lease(JOB)
+
+    def refuse(job):
+        raise StorageError("adapter.safetensors does not verify.", code="storage.hash")
+
+    port.collect = refuse
+    assert drive(port) == "end"
+    assert (drive.state(), store.doc(JOB)["error"]["code"]) == (S.FAILED, "storage.hash")
+
+
+@pytest.mark.parametrize("method", ["view", "save_plan", "submit"])
+@pytest.mark.parametrize("error", [Conflict("the lease was lost"), NoDaemon("nobody answers")])
+def test_a_lost_lease_or_daemon_leaves_at_once_and_writes_nothing(drive, store, good, method, error):
+    store.create(JOB, good, yes=True)
+    port = store.lease(JOB)
+    count = []
+
+    def lost(*_):
+        count.append(1)
+        raise error
+
+    setattr(port, method, lost)
+    with pytest.raises(type(error)):
+        drive(port)
+    assert len(count) == 1, "a lost lease is not tried again"
+    before = drive.calls()
+    assert drive() == "await", "the next driver goes on"
+    assert drive.calls()[: len(before)] == before
+    assert drive.calls() == ["save_plan", "submit"]
+
+
+def test_a_port_under_an_old_fence_can_write_nothing(drive, store, good):
+    store.create(JOB, good)
+    old = store.lease(JOB)
+    store.lease(JOB)
+    with pytest.raises(Conflict):
+        drive(old)
+    assert store.doc(JOB)["plan"] is None
+
+
+def test_being_told_to_end_stops_before_the_next_step_and_goes_on_there(drive, store, good):
+    store.create(JOB, good)
+
+    def enter(node):
+        drive.steps.append(node)
+        if node == "size":
+            raise Halted("told to end")
+
+    with pytest.raises(Halted):
+        drive(enter=enter)
+    assert drive() == "review"
+    assert drive.steps == ["intake", "inspect", "size", "size", "estimate", "review"]
+
+
+def test_a_job_that_ended_leaves_no_rows(drive, store, good):
+    store.create(JOB, good, yes=True)
+    drive()
+    store.start(JOB)
+    store.end(JOB, exit_code=0)
+    assert rows_of(drive.database)
+    drive()
+    assert rows_of(drive.database) == 0
+
+
+def rows_of(database):
+    with closing(sqlite3.connect(database)) as connection:
+        counts = [
+            connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("checkpoints", "writes")
+        ]
+    return sum(counts)
+
+
+# --- graph.db ----------------------------------------------------------------------------------------------------
+
+
+def test_its_settings(tmp_path):
+    with machine.checkpoints(tmp_path / "graph.db") as saver:
+        saver.setup()
+        assert saver.conn.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert saver.conn.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert isinstance(saver.serde, Strict)
+    assert (tmp_path / "graph.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_only_plain_json_and_hashes_are_kept(drive, store, good):
+    store.create(JOB, good)
+    drive()
+    with machine.checkpoints(drive.database) as saver:
+        for item in saver.list({"configurable": {"thread_id": JOB}}):
+            values = {key: value for key, value in item.checkpoint["channel_values"].items() if ":" not in key}
+            assert set(values) <= {"job", "draft", "basis", "__start__"}
+            json.dumps(values)
+            if values.get("draft"):
+                assert isinstance(json.loads(values["draft"]), dict)
+
+
+def _garbage(path):
+    path.write_bytes(os.urandom(8192))
+
+
+def _torn(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _foreign_schema(path):
+    path.unlink()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE checkpoints (x)")
+        connection.commit()
+
+
+def _corrupt_blobs(path):
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE checkpoints SET checkpoint = x'c1c1c1'")
+        connection.commit()
+
+
+def _foreign_state(path):
+    with closing(sqlite3.connect(path)) as connection:
+        for rowid, kind, blob in connection.execute("SELECT rowid, type, checkpoint FROM checkpoints").fetchall():
+            assert kind == "msgpack"
+            doc = ormsgpack.unpackb(blob, option=ormsgpack.OPT_NON_STR_KEYS)
+            doc["channel_values"] = {"job": "j-bbbbbb", "draft": 7, "branch:to:size": None}
+            connection.execute("UPDATE checkpoints SET checkpoint = ? WHERE rowid = ?", (ormsgpack.packb(doc), rowid))
+        connection.commit()
+
+
+def _a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def _a_link(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _unknown_node(path):
+    with closing(sqlite3.connect(path)) as connection:
+        for rowid, blob in connection.execute("SELECT rowid, checkpoint FROM checkpoints").fetchall():
+            changed = blob.replace(b"branch:to:review", b"branch:to:rEvIeW")
+            connection.execute("UPDATE checkpoints SET checkpoint = ? WHERE rowid = ?", (changed, rowid))
+        connection.commit()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [_garbage, _torn, _empty, _foreign_schema, _corrupt_blobs, _foreign_state, _a_folder, _a_link, _unknown_node],
+    ids=lambda harm: harm.__name__.strip("_"),
+)
+@pytest.mark.parametrize("stop", [0, 2])
+def test_a_graph_db_that_cannot_be_read_never_loses_a_job(drive, store, vague, harm, stop):
+    seen = iter(range(3))
+
+    def between():
+        if next(seen) == stop:
+            for path in (drive.folder / "graph.db-wal", drive.folder / "graph.db-shm"):
+                path.unlink(missing_ok=True)
+            harm(drive.database)
+
+    store.create(JOB, vague)
+    through(drive, store, between)
+    assert drive.state() == S.SUCCEEDED
+    assert drive.calls() == ["save_plan", "save_plan", "submit", "diagnose", "collect", "finish"]
+
+
+def test_a_place_that_cannot_be_written_is_done_without(drive, store, vague, caplog):
+    drive.database = drive.folder / "nowhere" / "graph.db"
+    store.create(JOB, vague)
+    through(drive, store)
+    assert drive.state() == S.SUCCEEDED
+    assert "going on from the store" in caplog.text
+
+
+def test_a_poisoned_row_is_not_executed_and_is_moved_aside(drive, store, good, tmp_path, caplog):
+    """A1: a crafted checkpoint that names os.system, as every constructor kind the default serializer honours."""
+    mark = tmp_path / "executed"
+    command = f"touch {mark}"
+    for code, payload in {
+        0: ("os", "system", command),
+        1: ("os", "system", (command,)),
+        2: ("subprocess", "Popen", {"args": command, "shell": True}),
+        3: ("os", "path", command, "join"),
+        4: ("os", "system", {"x": command}),
+        5: ("os", "system", {"x": command}, "construct"),
+    }.items():
+        store.create(JOB, good)
+        drive()
+        poison = ormsgpack.packb(ormsgpack.Ext(code, ormsgpack.packb(payload)))
+        with pytest.raises(ValueError, match=payload[0]):
+            Strict().loads_typed(("msgpack", poison))
+        with closing(sqlite3.connect(drive.database)) as connection:
+            connection.execute("UPDATE checkpoints SET type = 'msgpack', checkpoint = ?", (poison,))
+            connection.execute("UPDATE writes SET type = 'msgpack', value = ?", (poison,))
+            connection.commit()
+        store.approve(JOB)
+        assert drive() == "await"
+        assert not mark.exists()
+        assert (tmp_path / "graph.db.broken").exists()
+        (tmp_path / "graph.db.broken").unlink()
+    assert "moved to" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pickle", "json", "bytes", "elf"])
+def test_rows_of_a_kind_we_never_write_are_refused(kind, tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'x'}",)
+
+    with pytest.raises(ValueError, match="foreign"):
+        Strict().loads_typed((kind, pickle.dumps(Evil())))
+    assert not (tmp_path / "x").exists()
+
+
+# --- what must not leave the machine --------------------------------------------------------------------------------
+
+_TRACED = """
+import sys
+sys.path.insert(0, {here!r})
+import jobstore
+from pathlib import Path
+from tunesmith.graph.machine import Tools, advance
+from tunesmith.orchestrator.nouns import Request
+store = jobstore.JobStore()
+store.create("j-aaaaaa", Request(spec={spec!r}, cwd={cwd!r}), yes=True)
+tools = Tools(store.lease("j-aaaaaa"), Path({cwd!r}) / "cache", lambda node: None)
+assert advance("j-aaaaaa", tools, Path({cwd!r}) / "graph.db") == "await"
+if {control}:
+    from langgraph.graph import StateGraph
+    graph = StateGraph(dict)
+    graph.add_node("a", lambda state: state)
+    graph.set_entry_point("a")
+    graph.compile().invoke({{"x": 1}})
+from langchain_core.tracers.langchain import wait_for_all_tracers
+wait_for_all_tracers()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", [False, True])
+def test_nothing_is_traced_whatever_the_environment_says(good, tmp_path, control):
+    """A15. The control (a bare graph in the same environment) shows that the sink would have heard it."""
+    heard = []
+
+    class Sink(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(202)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_GET = do_PATCH = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Sink) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = os.path.dirname(__file__)
+        code = _TRACED.format(here=here, spec=good.spec, cwd=str(tmp_path), control=control)
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        env = {**os.environ, "LANGSMITH_TRACING": "true", "LANGCHAIN_TRACING_V2": "true", "LANGSMITH_API_KEY": "lsv2_x"}
+        env |= {"LANGSMITH_ENDPOINT": endpoint, "LANGCHAIN_ENDPOINT": endpoint}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        server.shutdown()
+    assert bool(heard) == control, heard
+
+
+def test_an_error_without_a_type_is_unexpected(drive, store, good):
+    store.create(JOB, good, yes=True)
+    port = store.lease(JOB)
+
+    def odd(*_):
+        raise TunesmithError("500", code="internal")
+
+    port.submit = odd
+    with pytest.raises(NodeFailed):
+        drive(port)
+    assert drive.state() == S.QUEUED
