@@ -24,8 +24,10 @@ def test_wheel_equals_tree(tmp_path: Path) -> None:
     for name in PACKAGES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-            expected |= {f"tunesmith/{path.relative_to(source)}" for path in (source / name).rglob("*") if path.is_file()}
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+            files = [path for path in (source / name).rglob("*") if path.is_file()]
+            expected |= {f"tunesmith/{path.relative_to(source)}" for path in files}
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("tunesmith-*.whl")
