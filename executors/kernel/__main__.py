@@ -1,0 +1,25 @@
+"""`python -P -m tunesmith.executors.kernel ATTEMPT_DIR`: run one attempt, end with its exit code."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before any library reads them: nothing is reported to anyone, nothing draws on the log.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def main() -> int:
+    """Parse the one argument and run."""
+    if len(sys.argv) != 2:
+        print("usage: python -P -m tunesmith.executors.kernel ATTEMPT_DIR", file=sys.stderr)
+        return 2
+    from tunesmith.executors.kernel.run import run
+
+    return run(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The training loops: one engine; a method is its batch builder and its loss."""

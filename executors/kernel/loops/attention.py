@@ -1,0 +1,91 @@
+"""Exact attention for packed batches, without the flash-attn package.
+
+Each document attends to itself only. On CUDA one `varlen_attn` call serves all documents; elsewhere each gets its own
+scaled-dot-product call, which also leaves out the T x T mask. Registered with transformers under NAME; a model that
+does not pass `documents` through, or needs what is not supported here, fails the self-test and trains padded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "tunesmith_packed"
+
+
+def register() -> None:
+    """Make NAME known to transformers. It has no mask function on purpose: packed batches carry no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: tuple[int, ...] | None = None,
+    bounds: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document: [1, heads, T, dim] in, [1, T, heads, dim] out.
+
+    Raises NotImplementedError where a model asks for what is not exact here: soft caps, sinks, dropout, a bias.
+    """
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if documents is None or query.shape[0] != 1 or attention_mask is not None or unsupported or dropout:
+        raise NotImplementedError(f"packed attention without {', '.join(unsupported) or 'documents'}")
+    if query.is_cuda and bounds is not None and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, bounds, max(documents), scaling, sliding_window), None
+    return _per_document(query, key, value, documents, scaling, sliding_window), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (item[0].transpose(0, 1) for item in (query, key, value))
+    left = -1 if window is None or window >= longest else window - 1
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(left, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _per_document(
+    query: Tensor, key: Tensor, value: Tensor, documents: tuple[int, ...], scale: float | None, window: int | None
+) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    pieces = []
+    lengths = list(documents)
+    for q, k, v in zip(*(torch.split(item, lengths, 2) for item in (query, key, value)), strict=True):
+        mask = None
+        if window is not None and q.shape[2] > window:
+            place = torch.arange(q.shape[2], device=q.device)
+            apart = place[:, None] - place[None, :]
+            mask = (apart >= 0) & (apart < window)
+        pieces.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
+        )
+    return torch.cat(pieces, 2).transpose(1, 2)

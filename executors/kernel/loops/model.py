@@ -1,0 +1,176 @@
+"""The model in training: loaded, adapted, and asked for its loss on a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.executors.kernel.loops import adapter, attention, loss
+from tunesmith.executors.kernel.loops.batches import Batch
+from tunesmith.orchestrator.errors import InputError
+from tunesmith.orchestrator.nouns import JobSpec
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Net:
+    """A causal language model with what is trained of it.
+
+    outer   what is saved: the PeftModel, or the model itself
+    causal  the ...ForCausalLM with its head, adapters inside
+    An adapter trains in float32 on a frozen base of the asked type. Full weights train in float32 under autocast.
+    `packed` and `chunked` say whether batches may be packed and whether the head is scored in chunks; the self-test in
+    `selftest.py` takes them back where the model computes something else.
+    """
+
+    def __init__(self, outer: Any, *, adapted: bool, device: torch.device, autocast: torch.dtype | None = None) -> None:
+        self.outer = outer
+        self.adapted = adapted
+        self.causal: Any = outer.get_base_model() if adapted else outer
+        self.device = device
+        self.autocast = autocast
+        self.head: Any = self.causal.get_output_embeddings()
+        self.packed = True
+        self.chunked = loss.plain_head(self.head)
+        self._usual_attention = self.causal.config._attn_implementation
+
+    def amp(self) -> AbstractContextManager[Any]:
+        """Autocast where the weights are float32 and the work is not."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
+
+    def use(self, batch: Batch) -> dict[str, Any]:
+        """The model's inputs for a batch, its attention set to the batch's layout."""
+        wanted = self._usual_attention if batch.documents is None else attention.NAME
+        if self.causal.config._attn_implementation != wanted:
+            self.causal.set_attn_implementation(wanted)
+        inputs: dict[str, Any] = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False}
+        if batch.documents is not None:
+            inputs |= {"documents": batch.documents, "bounds": batch.bounds}
+        return inputs
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states that predict the supervised tokens, [n, H]."""
+        backbone = getattr(self.causal, self.causal.base_model_prefix)
+        states: Tensor = backbone(**self.use(batch)).last_hidden_state
+        return states.reshape(-1, states.shape[-1]).index_select(0, batch.picks)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's own logits for the supervised tokens, [n, V]: its forward, its head fed those states only."""
+
+        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, batch.picks), *args[1:])
+
+        hook = self.head.register_forward_pre_hook(gather)
+        try:
+            logits: Tensor = self.causal(**self.use(batch)).logits
+        finally:
+            hook.remove()
+        return logits.reshape(-1, logits.shape[-1])
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy over the batch's supervised tokens, float32."""
+        with self.amp():
+            if self.chunked:
+                return loss.chunked_loss(self.hidden(batch), self.head.weight, batch.targets)
+            return loss.plain_loss(self.logits(batch), batch.targets)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, by name, in the model's order; a tied weight comes once."""
+        return ((name, item) for name, item in self.outer.named_parameters() if item.requires_grad)
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as peft does, or the whole model as transformers does."""
+        if self.adapted:
+            adapter.save(self.outer, folder)
+        else:
+            self.causal.set_attn_implementation(self._usual_attention)
+            self.outer.save_pretrained(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, bit for bit. InputError where it belongs to another model."""
+        if self.adapted:
+            adapter.load(self.outer, folder)
+            return
+        from safetensors.torch import load_file
+
+        own = dict(self.outer.named_parameters())
+        seen = set()
+        with torch.no_grad():
+            for file in sorted(folder.glob("model*.safetensors")):
+                for name, tensor in load_file(str(file)).items():
+                    if name in own and own[name].shape == tensor.shape:
+                        own[name].copy_(tensor)
+                        seen.add(name)
+        if seen != set(own):
+            raise InputError(
+                "The checkpoint holds another model than the one asked for.",
+                code="checkpoint.other_task",
+                where=str(folder),
+                fix="Keep the model as it was, or start a new job.",
+            )
+
+
+def load(folder: Path, spec: JobSpec, device: torch.device) -> Net:
+    """The model in `folder`, adapted and frozen as the spec says, on the device.
+
+    `folder` holds config.json and safetensors; no code of the model's is ever run. Raises InputError for what
+    transformers cannot load and for a type the device cannot train in.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    train = spec.train
+    full = spec.adapter.kind == "none"
+    half = HALF.get(str(train.dtype))
+    if half is torch.float16 and device.type == "cpu":
+        raise InputError(
+            "float16 cannot be trained on a CPU.",
+            code="train.dtype",
+            where="train.dtype",
+            fix="Set bfloat16 or float32.",
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32 if full or half is None else half,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"The model {spec.model.id!r} cannot be loaded.",
+            code="model.unloadable",
+            why=_first_line(error),
+            fix="Use a causal language model in safetensors whose architecture transformers knows.",
+        ) from error
+    return ready(model, spec, device)
+
+
+def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
+    """A loaded model with adapter, frozen weights, activation checkpointing and device as the spec says."""
+    attention.register()
+    train = spec.train
+    full = spec.adapter.kind == "none"
+    half = HALF.get(str(train.dtype))
+    fused = False
+    if full:
+        outer = model
+        outer.requires_grad_(True)
+    else:
+        outer = adapter.attach(model, spec.adapter, train.seed, spec.model.id)
+        fused = adapter.fuse(outer) > 0
+    outer.to(device)
+    if train.activation_checkpointing is True:
+        outer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    outer.train()
+    return Net(outer, adapted=not full, device=device, autocast=None if fused else half)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
