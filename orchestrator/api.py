@@ -37,6 +37,7 @@ from tunesmith.orchestrator.leases import Leases
 from tunesmith.orchestrator.logs import read_log
 from tunesmith.orchestrator.metrics import Metrics
 from tunesmith.orchestrator.nouns import SCHEMA_VERSION, plain
+from tunesmith.orchestrator.reading import Reading
 from tunesmith.orchestrator.store import Store, dumps
 
 Doc = dict[str, Any]
@@ -179,7 +180,10 @@ class Api:
     # --- what people ask of a job ------------------------------------------------------------------------------
 
     def answer(self, call: Call) -> Doc:
-        return {"state": wishes.answer(self.store, self._ref(call), _mapping(call.body, "fields"))}
+        from tunesmith.orchestrator import wire
+
+        job, fields = self._ref(call), wire.read_answers(_mapping(call.body, "fields"))
+        return {"id": job, "state": wishes.answer(self.store, job, fields)}
 
     def edit(self, call: Call) -> Doc:
         from tunesmith.orchestrator import wire
@@ -187,7 +191,8 @@ class Api:
         sets = wire.read_sets(_mapping(call.body, "sets"))
         if not sets:
             raise InputError("Nothing to change was given.", code="edit.empty", fix="--set KEY=VALUE")
-        return {"state": wishes.edit(self.store, self._ref(call), sets)}
+        job = self._ref(call)
+        return {"id": job, "state": wishes.edit(self.store, job, sets)}
 
     def approve(self, call: Call) -> Doc:
         job = self._ref(call)
@@ -201,10 +206,16 @@ class Api:
         state = wishes.approve(
             self.store, job, by=by, plan=seen, usd=caps.get("usd"), hours=caps.get("hours"), paid=costs
         )
-        return {"state": state}
+        return {"id": job, "state": state}
 
     def wish(self, act: Callable[[Store, str], str]) -> Handler:
-        return lambda call: {"state": act(self.store, self._ref(call))}
+        """The handler of a wish that needs nothing but the job."""
+
+        def handler(call: Call) -> Doc:
+            job = self._ref(call)
+            return {"id": job, "state": act(self.store, job)}
+
+        return handler
 
     def ask(self, call: Call) -> Doc:
         from tunesmith.orchestrator import answers
@@ -213,7 +224,7 @@ class Api:
         if not isinstance(question, str) or not question.strip():
             raise InputError("Ask something.", code="ask.empty", where="question")
         job = None if ref is None else self.store.find(str(ref))
-        return answers.ask(question, job=job, read=_Reading(self))
+        return answers.ask(question, job=job, read=Reading(self.store, self.core.metrics))
 
     def shutdown(self, call: Call) -> Doc:
         self.core.stop()
@@ -304,23 +315,6 @@ class Api:
             if key:
                 self.store.remember(key, body, answer)
             return answer
-
-
-class _Reading:
-    """What answers.ask may look at: documents, never the store itself."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
-
-    def show(self, job: str) -> Doc:
-        return show.show(self._api.store, self._api.core.metrics, job)
-
-    def jobs(self, limit: int = 50) -> list[Doc]:
-        rows, _ = self._api.store.page(limit=limit)
-        return show.summaries(self._api.store, self._api.core.metrics, rows)
-
-    def series(self, job: str, keys: tuple[str, ...] = ()) -> dict[str, list[list[Any]]]:
-        return self._api.core.metrics.series(job, keys)
 
 
 def _raw(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:

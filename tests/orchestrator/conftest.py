@@ -1,0 +1,316 @@
+"""What the tests of the core share: plans made by hand, a home, a small real kernel, a daemon process, a driver's place."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tunesmith.orchestrator import processes
+from tunesmith.orchestrator.errors import from_doc
+from tunesmith.orchestrator.home import Home
+from tunesmith.orchestrator.leases import Leases
+from tunesmith.orchestrator.metrics import Metrics
+from tunesmith.orchestrator.nouns import (
+    Attempt,
+    DataReport,
+    DataSource,
+    Finding,
+    JobSpec,
+    Limits,
+    ModelRef,
+    Plan,
+    Question,
+    Request,
+    Stage,
+    plan_hash,
+)
+from tunesmith.orchestrator.store import Store
+
+KERNEL = textwrap.dedent(
+    """
+    import json, os, pathlib, signal, sys, time
+
+    folder = pathlib.Path(sys.argv[-1])
+    attempt = json.loads((folder / "attempt.json").read_text())
+    steps = int(attempt["spec"]["train"]["max_steps"] or 5)
+    pause = float(attempt["spec"]["train"]["learning_rate"]) if attempt["spec"]["train"]["learning_rate"] != "auto" else 0
+    with open(folder.parents[3] / "starts", "a") as starts:
+        starts.write(f"{attempt['job']}:{attempt['number']}\\n")
+    out = open(folder / "events.jsonl", "a", buffering=1)
+    line = 0
+
+    def say(kind, values, step=None):
+        global line
+        line += 1
+        doc = {"attempt": attempt["number"], "line": line, "time": "2026-01-01T00:00:00.000Z", "kind": kind}
+        out.write(json.dumps({**doc, "step": step, "values": values}) + "\\n")
+
+    def told():
+        control = folder / "control"
+        return control.exists() and json.loads(control.read_text())["signal"] == "stop"
+
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    say("state", {"state": "running", "error": None})
+    print("the log begins", flush=True)
+    for step in range(1, steps + 1):
+        say("metric", {"train/loss": 2.0 / step, "train/num_tokens": 100 * step}, step)
+        say("progress", {"phase": "training", "done": step, "total": steps, "unit": "steps",
+                         "eta_seconds": (steps - step) * pause, "tokens_per_second": 50.0}, step)
+        if (stop or told()) and attempt["spec"]["name"] != "deaf":
+            say("checkpoint", {"path": f"checkpoints/step-{step:08d}", "bytes": 1, "sha256": "0"}, step)
+            say("state", {"state": "stopped", "error": None})
+            sys.exit(75)
+        time.sleep(pause)
+    if attempt["spec"]["name"] == "broken":
+        error = {"type": "InputError", "code": "data.row", "message": "Row 3 is broken.", "why": "", "fix": "", "where": ""}
+        say("state", {"state": "failed", "error": error})
+        sys.exit(2)
+    adapter = folder / "output" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    say("state", {"state": "succeeded", "error": None})
+    print("the log ends", flush=True)
+    """
+)
+
+
+def poll(look: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """What `look` returns once it is true."""
+    until = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < until, "it did not come to pass in time"
+        time.sleep(0.02)
+    return found
+
+
+def make_spec(**changes: Any) -> JobSpec:
+    spec = JobSpec(model=ModelRef(id="tiny"), data=(DataSource(source="rows.jsonl"),))
+    train = {key: changes.pop(key) for key in ("max_steps", "learning_rate") if key in changes}
+    hours = changes.pop("hours", None)
+    limits = replace(spec.limits, hours=hours) if hours is not None else Limits()
+    return replace(spec, train=replace(spec.train, **train), limits=limits, **changes)
+
+
+def make_plan(
+    *, errors: tuple[Finding, ...] = (), questions: tuple[Question, ...] = (), stages: int = 1, **changes: Any
+) -> Plan:
+    spec = make_spec(**changes)
+    data = DataReport(rows=4, used_rows=4, eval_rows=0, format="text", mapping=None, fingerprint="sha256:0")
+    stage = Stage(spec=spec, resolved=(), data=data, size=None, time=None)
+    return Plan(
+        plan_hash=plan_hash([spec], fingerprints=["sha256:0"], model_commits=[None]),
+        intent="train",
+        command=("tunesmith", "run"),
+        stages=(stage,) * stages,
+        questions=questions,
+        findings=errors,
+    )
+
+
+def make_attempt(job: str, plan: Plan, number: int = 1, **changes: Any) -> Attempt:
+    return Attempt(job=job, number=number, spec=plan.stages[0].spec, plan_hash=plan.plan_hash, **changes)
+
+
+class Core:
+    """A store with everything beside it, in this process, and the shortest way to a queued job."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.metrics = Metrics(home.metrics_db)
+        self.store = Store(home.state_db, position=self.metrics.position)
+        self.leases = Leases(self.store, home)
+        self.me = str(processes.identity(os.getpid()))
+
+    def close(self) -> None:
+        self.store.close()
+        self.metrics.close()
+
+    def create(self, yes: dict[str, Any] | None = None, **sets: Any) -> str:
+        return self.store.create(Request(text="SFT tiny on rows.jsonl", sets=sets), yes)
+
+    def lease(self) -> tuple[str, int]:
+        leased = self.leases.lease(self.me)
+        assert leased is not None
+        return leased
+
+    def queued(self, plan: Plan | None = None) -> str:
+        """A job with a queued attempt, as a driver makes one."""
+        plan = plan or make_plan()
+        created = self.create({"by": "test"})
+        job, fence = self.lease()
+        assert job == created
+        self.leases.save_plan(job, fence, plan)
+        self.leases.submit(job, fence, make_attempt(job, plan))
+        self.leases.release(job, fence)
+        return job
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home").make()
+
+
+@pytest.fixture
+def core(home: Home) -> Iterator[Core]:
+    made = Core(home)
+    yield made
+    made.close()
+
+
+class Daemon:
+    """A real daemon process with a backend `toy`: the local executor and its shim around KERNEL."""
+
+    def __init__(self, home: Home, site: Path) -> None:
+        self.home = home
+        self.site = site
+        self.process: subprocess.Popen[bytes] | None = None
+        site.mkdir()
+        (site / "toy_kernel.py").write_text(KERNEL)
+        (site / "toy_backend.py").write_text(
+            "import sys\nfrom pathlib import Path\n"
+            "from tunesmith.executors.local.executor import LocalExecutor\n"
+            "def make(home):\n"
+            "    kernel = str(Path(__file__).with_name('toy_kernel.py'))\n"
+            "    return LocalExecutor(home, command=[sys.executable, '-I', '-S', kernel], grace_seconds=1.0)\n"
+        )
+        info = site / "toy_backend-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backend\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(
+            "[tunesmith.executors]\ntoy = toy_backend:make\nbroken = no_such_module:make\n"
+        )
+
+    def start(self) -> Daemon:
+        command = [sys.executable, "-P", "-m", "tunesmith.orchestrator.daemon", "run", "--home", str(self.home.path)]
+        environment = {**os.environ, "PYTHONPATH": str(self.site)}
+        with self.home.path.parent.joinpath("daemon.out").open("ab") as output:
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        poll(self.answers)
+        return self
+
+    def answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.said()
+        try:
+            return self.get("/health")["pid"] == self.process.pid
+        except (httpx.TransportError, OSError):
+            return False
+
+    def said(self) -> str:
+        return self.home.path.parent.joinpath("daemon.out").read_text()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def client(self) -> httpx.Client:
+        transport = httpx.HTTPTransport(uds=self.home.address)
+        return httpx.Client(transport=transport, base_url="http://localhost", timeout=30.0)
+
+    def get(self, path: str, **query: Any) -> Any:
+        with self.client() as client:
+            return read(client.get(path, params=query))
+
+    def post(self, path: str, body: Any = None, **headers: str) -> Any:
+        with self.client() as client:
+            return read(client.post(path, json={} if body is None else body, headers=headers))
+
+    def drive(self) -> None:
+        """Do what a driver does, once for each job that needs it, until none does: a short graph without LangGraph."""
+        from tunesmith.orchestrator.remote import Line, RemoteLeases
+
+        with contextlib.closing(Line(self.home)) as line:
+            leases = RemoteLeases(line)
+            while (leased := leases.next(0)) is not None:
+                job, port = leased
+                step(port, job)
+                leases.release(job)
+
+
+def read(response: httpx.Response) -> Any:
+    doc = response.json()
+    if response.is_success:
+        return doc
+    raise from_doc(doc["error"])
+
+
+def step(port: Any, job: str) -> None:
+    """One turn of a job: plan from its request's sets, submit, diagnose, collect, finish."""
+    from tunesmith.orchestrator.states import ATTEMPT_ENDS, JOB_ENDS, AttemptState, JobState
+
+    view = port.view(job)
+    last = view.attempts[-1] if view.attempts else None
+    if last is not None and last.state not in ATTEMPT_ENDS:
+        return
+    if view.state is JobState.PLANNING:
+        sets = {key.removeprefix("train."): value for key, value in view.request.sets.items()}
+        sets["hours"] = sets.pop("limits.hours", None)
+        port.save_plan(job, make_plan(**{"backend": "toy", **sets}))
+        view = port.view(job)
+    if last is not None and last.cause is None and view.wanted != "retry":
+        port.diagnose(job, last.number, "test", (), ())
+        ends = {
+            AttemptState.SUCCEEDED: JobState.SUCCEEDED,
+            AttemptState.FAILED: JobState.FAILED,
+            AttemptState.CANCELLED: JobState.CANCELLED,
+            AttemptState.LOST: JobState.LOST,
+        }
+        port.finish(job, ends[last.state], last.error) if last.state is not AttemptState.SUCCEEDED else deliver(
+            port, job
+        )
+        return
+    if view.approval is not None and (view.state is JobState.QUEUED or view.wanted == "retry"):
+        number = last.number + 1 if last else 1
+        resume = last.checkpoint if last else None
+        port.submit(job, make_attempt(job, view.plan, number, resume_from=resume))
+        return
+    assert view.state in (*JOB_ENDS, JobState.AWAITING_APPROVAL)
+
+
+def deliver(port: Any, job: str) -> None:
+    from tunesmith.orchestrator.errors import StorageError
+    from tunesmith.orchestrator.states import JobState
+
+    try:
+        port.collect(job)
+        port.finish(job, JobState.SUCCEEDED)
+    except StorageError as error:
+        port.finish(job, JobState.FAILED, error.to_doc())
+
+
+@pytest.fixture
+def driver_place(home: Home) -> Iterator[None]:
+    """Hold driver.lock, so that the daemon leaves driving to the test."""
+    with home.driver_lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def daemon(home: Home, driver_place: None, tmp_path: Path) -> Iterator[Daemon]:
+    made = Daemon(home, tmp_path / "site")
+    made.start()
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.end(signal.SIGKILL)
+    for started in home.jobs.glob("*/attempts/*/started"):
+        found = json.loads(started.read_text())
+        pid = found["shim_pid"]
+        if (processes.identity(pid) or "").endswith(f":{found['shim_ticks']}"):
+            os.kill(pid, signal.SIGKILL)
