@@ -200,7 +200,7 @@ class LocalExecutor:
         at = tail.Cursor.parse(cursor)
         with self._open(handle) as folder:
             if folder is None:
-                if procfs.sweep(self._cookie(handle)):
+                if procfs.sweep(self._cookie(handle)) or procfs.leaving():
                     return Observation(state=_A.UNKNOWN, events=(), cursor=str(at))
                 return _lost(at, (), "The attempt's folder is gone.")
             ending = self._ending(folder, handle)
@@ -235,7 +235,7 @@ class LocalExecutor:
         if started is None:
             return Ending(None, "It was never started.")
         kernel = procfs.Process.recorded(started, "kernel")
-        if procfs.sweep(self._cookie(handle)) or (kernel and kernel.alive):
+        if procfs.sweep(self._cookie(handle)) or (kernel and kernel.alive) or procfs.leaving():
             return None
         if started.get("boot_id") != shim.boot_id():
             return Ending(None, "The machine was started anew while it ran.")
@@ -305,7 +305,7 @@ class LocalExecutor:
             kernel = procfs.Process.recorded(started, "kernel") if started else None
             if kernel is not None and procfs.LINUX and kernel.alive:
                 return "no"
-            return "no" if procfs.carriers(self._cookie(handle)) else "yes"
+            return "no" if procfs.carriers(self._cookie(handle)) or procfs.leaving() else "yes"
 
     def collect(self, handle: Handle) -> Sequence[Artifact]:
         """The results, every byte verified. NotReady while the attempt runs, StorageError where they do not verify."""

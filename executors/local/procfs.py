@@ -1,7 +1,8 @@
 """Processes as they are now: who is who, who belongs to an attempt, and signals that cannot hit a stranger.
 
 A pid alone proves nothing: it is reused. A process is named by (boot, pid, start ticks), and the members of an attempt
-also by a cookie in their environment, which survives any fork, session or re-parenting. Zombies count as dead.
+also by a cookie in their environment, which survives any fork, session or re-parenting. A zombie counts as dead once
+its last thread is; a process that is on its way out, which shows no environment any more, does not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from tunesmith.executors.local.shim import boot_id, stat_fields
 
 LINUX = sys.platform.startswith("linux")
+_EXITING = 0x4  # PF_EXITING of linux/sched.h, in the ninth field of /proc/PID/stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Process:
         if not LINUX:
             return _exists(self.pid)
         fields = stat_fields(self.pid)
-        return fields is not None and fields[0] not in (b"Z", b"X") and int(fields[19]) == self.ticks
+        return fields is not None and not _dead(fields) and int(fields[19]) == self.ticks
 
     def send(self, number: signal.Signals) -> bool:
         """Send a signal to this very process; False where it is gone or is not ours.
@@ -81,9 +83,27 @@ def carriers(cookie: Mapping[str, str]) -> list[Process]:
         if not name.isdigit() or int(name) == os.getpid() or not _holds(int(name), wanted):
             continue
         fields = stat_fields(int(name))
-        if fields and fields[0] not in (b"Z", b"X"):
+        if fields and not _dead(fields):
             found.append(Process(boot, int(name), int(fields[19])))
     return found
+
+
+def leaving() -> bool:
+    """Whether some process of this user is on its way out: it has lost its environment, and may still hold a GPU.
+
+    True for milliseconds as a rule; whoever must know that a carrier of a cookie is gone waits until it is False.
+    """
+    if not LINUX:
+        return False
+    for name in os.listdir("/proc"):
+        fields = stat_fields(int(name)) if name.isdigit() else None
+        if fields and int(fields[6]) & _EXITING and not _dead(fields):
+            try:
+                if os.stat(f"/proc/{name}").st_uid == os.getuid():
+                    return True
+            except OSError:
+                continue
+    return False
 
 
 def sweep(cookie: Mapping[str, str]) -> list[Process]:
@@ -92,6 +112,11 @@ def sweep(cookie: Mapping[str, str]) -> list[Process]:
     for process in found:
         process.send(signal.SIGKILL)
     return found
+
+
+def _dead(fields: list[bytes]) -> bool:
+    """Whether nothing of a process runs: it is a zombie, and so is its last thread."""
+    return fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
 
 
 def _holds(pid: int, wanted: set[bytes]) -> bool:
