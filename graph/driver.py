@@ -137,13 +137,20 @@ class _Driver:
 
 
 def fail(job: str, port: JobPort, error: NodeFailed) -> None:
-    """End a job that its graph cannot go on with. A job whose attempt still runs is left alone."""
+    """End a job that its graph cannot go on with: with the typed error behind it (a full disk), or as `internal`.
+
+    A job whose attempt still runs is left alone.
+    """
     view = port.view(job)
     last = newest(view)
     if route(view) == names.END or (last is not None and last.state not in ATTEMPT_ENDS):
         return
     state = failed_state(view)
     if state is not view.state and not job_may(view.state, state):
+        return
+    cause = error.__cause__
+    if isinstance(cause, TunesmithError) and type(cause) is not TunesmithError:
+        port.finish(job, state, cause.to_doc())
         return
     wrong = TunesmithError(
         str(error),

@@ -16,7 +16,7 @@ import pytest
 from tunesmith.graph import driver, machine, planning
 from tunesmith.graph.driver import CRASHES, Turn, run
 from tunesmith.graph.machine import Halted, NodeFailed
-from tunesmith.orchestrator.errors import Conflict, NoDaemon
+from tunesmith.orchestrator.errors import Conflict, NoDaemon, StorageError
 from tunesmith.orchestrator.states import JOB_ENDS
 from tunesmith.orchestrator.states import AttemptState as A
 from tunesmith.orchestrator.states import JobState as S
@@ -125,6 +125,17 @@ def test_an_unexpected_error_fails_the_job_as_internal_and_the_driver_goes_on(
     store.want(JOB, "retry")
     run(jobstore.Leases(store), tmp_path, idle_seconds=0.05)
     assert store.doc(JOB)["state"] == S.AWAITING_APPROVAL
+
+
+def test_a_store_that_cannot_write_the_plan_fails_the_job_with_its_own_words(store, good, tmp_path, monkeypatch):
+    def full(self, job, plan):
+        raise StorageError("The disk is full.", code="storage.full", fix="Free some space.")
+
+    monkeypatch.setattr(jobstore.Port, "save_plan", full)
+    store.create(JOB, good)
+    run(jobstore.Leases(store), tmp_path, idle_seconds=0.05)
+    doc = store.doc(JOB)
+    assert (doc["state"], doc["error"]["code"], doc["error"]["fix"]) == (S.FAILED, "storage.full", "Free some space.")
 
 
 def test_a_job_whose_attempt_still_runs_is_not_failed(store, good, tmp_path):
