@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from tunesmith.executors.kernel.catalogue import ModelFacts
-from tunesmith.orchestrator.nouns import DataReport, Device, TokenStats
+from tunesmith.orchestrator.nouns import DataReport, Device, JobSpec, TokenStats
 
 Choice = tuple[int, str]
 
@@ -44,15 +44,14 @@ def has_bf16(device: Device) -> bool:
 
 
 def dtype(device: Device, full: bool) -> tuple[str, str]:
-    """The base weights' type."""
+    """The type computed in: that of a frozen base, or of the products where all weights train in float32."""
+    rest = "; the weights themselves stay in float32" if full else ", at half the memory; adapters stay in float32"
     if device.kind == "cuda":
         if has_bf16(device):
-            return "bfloat16", "the GPU computes in bfloat16, at half the memory of float32"
+            return "bfloat16", f"the GPU computes fastest in bfloat16{rest}"
         return "float32", f"{device.hardware} has no bfloat16, and float16 loses small gradients"
-    if full:
-        return "float32", "all weights are trained, and small updates are lost in bfloat16"
     if device.kind == "cpu" and device.backend == "local" and cpu_prefers_bf16():
-        return "bfloat16", "this CPU multiplies bfloat16 faster, at half the memory; adapters stay in float32"
+        return "bfloat16", f"this CPU multiplies bfloat16 faster{rest}"
     return "float32", "this device computes fastest in float32"
 
 
@@ -165,8 +164,10 @@ def eval_steps(total: int | None) -> Choice:
     return min(total, max(10, math.ceil(total / 5))), "five evaluations to a run"
 
 
-def rows_of(report: DataReport) -> int | None:
-    """Rows that are trained on, as far as known."""
+def rows_of(spec: JobSpec, report: DataReport) -> int | None:
+    """Rows that one epoch trains on, as far as known: those used without those held out, as often as weights say."""
     if report.used_rows is None:
         return None
-    return max(1, report.used_rows - (report.eval_rows or 0))
+    held = (report.eval_rows or 0) if spec.eval.source is None else 0
+    weight = sum(source.weight for source in spec.data) / len(spec.data)
+    return max(1, round((report.used_rows - held) * weight))

@@ -7,6 +7,7 @@ checkpointing), then an 8-bit optimizer for full training, then a quantised base
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -30,6 +31,10 @@ from tunesmith.orchestrator.nouns import (
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # a micro-batch of more tokens is no faster
 SEQUENCES = {"dpo": 2, "reward": 2}  # sequences that one row makes
+UNBUILT = {  # what this version's kernel refuses, with the reason
+    ("adapter.kind", "qlora"): "Training on 4-bit weights is not in this version.",
+    ("train.optimizer", "adamw-8bit"): "The 8-bit optimizer is not in this version.",
+}
 
 
 def unknown_model(ref: ModelRef) -> InputError:
@@ -81,7 +86,7 @@ class _Fitting:
 
     def choose(self) -> None:
         """Everything but the knobs that memory turns."""
-        spec, facts, rows = self.spec, self.facts, defaults.rows_of(self.report)
+        spec, facts, rows = self.spec, self.facts, defaults.rows_of(self.spec, self.report)
         tokens, full = self.report.tokens, spec.adapter.kind == "none"
         self._set("train.dtype", *defaults.dtype(self.device, full))
         self._set("train.max_length", *defaults.max_length(facts, tokens))
@@ -117,20 +122,25 @@ class _Fitting:
         cap = self.spec.limits.memory_gb
         return min(self.device.memory_bytes, int(cap * size.GIB)) if cap is not None else self.device.memory_bytes
 
+    @staticmethod
+    def built(key: str, value: str) -> bool:
+        """Whether the kernel of this version takes a value."""
+        return (key, value) not in UNBUILT
+
     def tokens_of(self, rows: int) -> tuple[int, int]:
         """(most tokens in a micro-batch of so many rows, its longest sequence)."""
-        spec, length = self.spec, int(self.values["train.max_length"])
-        known = self.report.tokens
-        longest = usual = length
+        spec, length, known = self.spec, int(self.values["train.max_length"]), self.report.tokens
+        longest = length
         if known is not None and known.exact:
-            longest = usual = min(length, known.max)
-            usual = min(length, known.p95) if self.values["train.packing"] else longest
-        elif known is not None and self.values["train.packing"]:
-            usual = min(length, known.p95)
+            longest = min(length, known.max)
         if spec.method in ("grpo", "rloo"):
-            longest = usual = length + spec.grpo.max_completion
-        each = SEQUENCES.get(spec.method, 1)
-        return each * (longest + (rows - 1) * usual), longest
+            longest = length + spec.grpo.max_completion
+        most = SEQUENCES.get(spec.method, 1) * rows * longest
+        if self.values["train.packing"]:  # as many tokens as the rows could have, of those a step has
+            usual = min(length, known.p95) if known is not None else length
+            step = longest + (int(self.values["train.effective_batch"]) - 1) * usual
+            most = min(rows * length, max(step, longest))
+        return most, longest
 
     def layout(self, kind: str, rows: int, checkpointing: bool, optimizer: str, **changes: Any) -> Layout:
         """What is held with these knobs."""
@@ -154,11 +164,13 @@ class _Fitting:
     def _knobs(self) -> Iterator[tuple[str, str, bool]]:
         """(adapter kind, optimizer, checkpointing) in the order they are tried; the user's values only."""
         train, adapter, cuda = self.spec.train, self.spec.adapter, self.device.kind == "cuda"
-        kinds: list[str] = ["lora", *(["qlora"] if cuda else [])] if adapter.kind == "auto" else [adapter.kind]
+        kinds: list[str] = [adapter.kind]
+        if adapter.kind == "auto":
+            kinds = ["lora", "qlora"] if cuda and self.built("adapter.kind", "qlora") else ["lora"]
         flags = [False, True] if train.activation_checkpointing == "auto" else [train.activation_checkpointing]
         for kind in kinds:
             optimizers: list[str] = ["adamw"] if train.optimizer == "auto" else [train.optimizer]
-            if train.optimizer == "auto" and kind == "none" and cuda:
+            if train.optimizer == "auto" and kind == "none" and cuda and self.built("train.optimizer", "adamw-8bit"):
                 optimizers.append("adamw-8bit")
             for optimizer in optimizers:
                 for flag in flags:
@@ -208,7 +220,7 @@ class _Fitting:
 
     def schedule(self, layout: Layout, micro: int) -> JobSpec:
         """Steps, time, and the spec without any `auto`."""
-        spec, rows = self.spec, defaults.rows_of(self.report)
+        spec, rows = self.spec, defaults.rows_of(self.spec, self.report)
         effective = int(self.values["train.effective_batch"])
         total = spec.train.max_steps
         if total is None and rows is not None:
@@ -320,7 +332,7 @@ class _Fitting:
         ]
         if layout.dtype == "float32" and (self.device.kind == "cpu" or defaults.has_bf16(self.device)):
             steps.append(("train.dtype=bfloat16", {"dtype": "bfloat16"}))
-        if self.device.kind == "cuda":
+        if self.device.kind == "cuda" and self.built("adapter.kind", "qlora"):
             steps.append(("adapter.kind=qlora (the model in 4 bits)", {"kind": "qlora"}))
         for shorter in (longest // 2, longest // 4):
             if shorter >= 128:
@@ -367,7 +379,7 @@ class _Fitting:
             note(
                 "warning",
                 "train.beyond_context",
-                f"train.max_length={sized.max_length:,} is beyond the model's {self.facts.context:,} tokens of context.",
+                f"train.max_length={sized.max_length:,} is beyond the model's {self.facts.context:,}-token context.",
                 "train.max_length",
                 f"Set it to {self.facts.context:,} or less.",
             )
@@ -380,18 +392,17 @@ class _Fitting:
                 "train.max_length",
                 f"Set train.max_length={known.max:,} to train on all of them.".replace(",", ""),
             )
-        if self.device.kind != "cuda":
-            for key, wish in (("adapter.kind", "qlora"), ("train.optimizer", "adamw-8bit")):
-                if self._given(key) == wish:
-                    self.findings.append(
-                        Finding(
-                            level="error",
-                            code="size.needs_cuda",
-                            message=f"{key}={wish} needs an NVIDIA GPU; {self.device.hardware} is none.",
-                            where=key,
-                            fix=f"Leave {key} to auto, or choose a backend with a GPU.",
-                        )
+        for (key, value), why in UNBUILT.items():
+            if self._given(key) == value:
+                self.findings.append(
+                    Finding(
+                        level="error",
+                        code=f"{key.partition('.')[0]}.unavailable",
+                        message=f"{key}={value} cannot be trained. {why}",
+                        where=key,
+                        fix=f"Leave {key} to auto.",
                     )
+                )
         effective = int(self.values["train.effective_batch"])
         if train.micro_batch != "auto" and train.micro_batch > effective:
             note(
@@ -413,13 +424,13 @@ class _Fitting:
 
 
 def _smaller(facts: ModelFacts) -> list[ModelFacts]:
-    """The largest smaller models of the same family and kind, two at most."""
-    same = [
-        model
-        for model in catalogue.known()
-        if model.family == facts.family and model.instruct == facts.instruct and model.params < facts.params
-    ]
-    return sorted(same, key=lambda model: -model.params)[:2]
+    """The next two smaller sizes of the same family and kind, by the name most like this one's."""
+    sizes: dict[int, list[ModelFacts]] = {}
+    for model in catalogue.known():
+        if model.family == facts.family and model.instruct == facts.instruct and model.params < facts.params:
+            sizes.setdefault(model.params, []).append(model)
+    nearest = sorted(sizes, reverse=True)[:2]
+    return [max(sizes[count], key=lambda model: len(os.path.commonprefix([model.id, facts.id]))) for count in nearest]
 
 
 _ORDER = (

@@ -1,14 +1,14 @@
 """How many bytes one device must hold while a job trains: closed forms of our own kernel's step.
 
-What the forms describe: transformers' own modules with frozen base weights, PEFT adapters in fp32, Adam in fp32, a loss
-that makes logits for a chunk of supervised positions at a time, per-document attention that never holds scores.
-T is the number of tokens in a micro-batch. Activations are what autograd saves in each block (exact integers, counted
-with saved-tensor hooks on transformers 5.23 and peft 0.21) and what the backward pass of one block needs beside them.
+What the forms describe: adapters in float32 on a frozen base of the asked type, or all weights in float32 under
+autocast; Adam in float32; packed batches with per-document attention, which never hold scores; logits for a chunk of supervised
+positions at a time. T is the number of tokens in a micro-batch. What autograd saves in each block are exact integers,
+counted with saved-tensor hooks on `loops` (transformers 5.23, peft 0.21): tests/executors/kernel/sizing/test_size.py
+counts them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
@@ -19,7 +19,7 @@ from tunesmith.orchestrator.nouns import Estimate
 GIB = 2**30
 MIB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LOSS_CHUNK = 1024  # supervised positions whose logits are held at a time
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27, "mps": 1 << 24}  # logits held at a time, as in loops/loss.py
 NF4 = 0.5156  # bytes for each quantised parameter: 4 bits, and its share of the doubly quantised scales
 SAFE_SHARE = {"cpu": 0.85, "cuda": 0.95, "mps": 0.85}  # of a device's memory; the rest is other programs' and luck
 PROCESS = {"cpu": 700 * MIB, "cuda": 600 * MIB, "mps": 700 * MIB}  # libraries, or a CUDA context with workspaces
@@ -49,33 +49,45 @@ class Layout:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-# Bytes that autograd keeps in one block, for each token: (hidden, intermediate, query width, key width, rank of each
-# target, heads), first with base weights in fp32, then in 16 bits with adapters in fp32.
-_SAVED_LORA = {4: (16, 16, 8, 8, 4, 4), 2: (28, 10, 8, 4, 4, 4)}
-_SAVED_FULL = {4: (24, 16, 8, 8, 0, 4), 2: (16, 8, 4, 4, 0, 4)}
-_SAVED_NORMS = {  # two more norms in a block (Gemma 2 and 3)
-    True: {4: 8, 2: 8},
-    False: {4: 16, 2: 20},
+# Bytes that autograd keeps of each token in one block, by kind and the bytes of the type computed in: for each unit of
+# (hidden, intermediate, query width, key width, rank of one target).
+_SAVED: dict[tuple[str, int], tuple[int, int, int, int, int]] = {
+    ("lora", 4): (16, 16, 12, 8, 4),
+    ("lora", 2): (12, 8, 6, 4, 2),
+    ("dora", 4): (32, 32, 20, 24, 4),
+    ("dora", 2): (26, 16, 10, 12, 2),
+    ("none", 4): (24, 16, 12, 8, 0),
+    ("none", 2): (26, 8, 6, 4, 0),
 }
-_SAVED_QK_NORM = {True: {4: 4, 2: 4}, False: {4: 8, 2: 6}}  # for each query and key width
-_BACKWARD_HIDDEN = 26  # bytes a token and hidden unit beside what is saved: the last norm, the head's input, one block
+_SAVED_QK_NORM = {("none", 4): 8, ("none", 2): 8}  # for each unit of query and key width; 4 with an adapter
+_COPIES = {
+    ("dora", 4): 6.5,
+    ("dora", 2): 3.7,
+    ("none", 2): 2.0,
+}  # bytes for each parameter of the blocks, until backward
+_BESIDE = {"none": 26}  # bytes a token and hidden unit beside the blocks: last norm, gradients; 22 with an adapter
 _EAGER = {"gemma2": 8}  # attention that holds its scores: bytes for each head and pair of positions
 
 
 def saved_per_token(layout: Layout) -> int:
     """Bytes that one block keeps of each token for the backward pass."""
-    facts, lora = layout.facts, layout.kind != "none"
-    width = BYTES[layout.dtype]
-    hidden, inner, query, key, rank, heads = (_SAVED_LORA if lora else _SAVED_FULL)[width]
-    wide, narrow = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    inner_width = facts.intermediate * max(1, facts.experts_used)
-    total = hidden * facts.hidden + inner * inner_width + query * wide + key * narrow + heads * facts.heads + 8
-    total += rank * layout.rank * len(layout.targets) if lora else 0
+    facts, key = layout.facts, _key(layout)
+    full, width = layout.kind == "none", BYTES[layout.dtype]
+    hidden, inner, query, narrow, rank = _SAVED[key]
+    wide, thin = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    total = hidden * facts.hidden + inner * facts.intermediate * max(1, facts.experts_used)
+    total += query * wide + narrow * thin + rank * layout.rank * len(layout.targets) + 4 * facts.heads + 8
     if facts.norms > 2:
-        total += _SAVED_NORMS[lora][width] * facts.hidden
+        total += (16 if full else 8) * facts.hidden + 8
     if facts.qk_norm:
-        total += _SAVED_QK_NORM[lora][width] * (wide + narrow) + 4 * (facts.heads + facts.kv_heads)
+        total += _SAVED_QK_NORM.get(key, 4) * (wide + thin) + 4 * (facts.heads + facts.kv_heads)
+    if facts.model_type == "phi3":  # query, key and value are copied out of one product
+        total += width * (wide + thin)
     return total + _EAGER.get(facts.model_type, 0) * facts.heads * layout.longest
+
+
+def _key(layout: Layout) -> tuple[str, int]:
+    return ("lora" if layout.kind == "qlora" else layout.kind), BYTES[layout.dtype]
 
 
 def trainable(facts: ModelFacts, kind: Kind, rank: int, targets: tuple[str, ...]) -> int:
@@ -89,36 +101,37 @@ def trainable(facts: ModelFacts, kind: Kind, rank: int, targets: tuple[str, ...]
 
 def parts(layout: Layout) -> dict[str, int]:
     """The peak by what it is made of, in bytes."""
-    facts, width = layout.facts, BYTES[layout.dtype]
-    trained = trainable(facts, layout.kind, layout.rank, layout.targets)
+    facts, key, width = layout.facts, _key(layout), BYTES[layout.dtype]
     full = layout.kind == "none"
+    trained = trainable(facts, layout.kind, layout.rank, layout.targets)
+    blocks = facts.layers * sum(inputs * outputs for inputs, outputs in facts.linears.values())
+    if facts.experts:
+        blocks += facts.layers * facts.experts * 3 * facts.hidden * facts.intermediate
     if layout.kind == "qlora":
-        blocks = facts.layers * sum(inputs * outputs for inputs, outputs in facts.linears.values())
-        if facts.experts:  # experts are quantised too
-            blocks += facts.layers * facts.experts * 3 * facts.hidden * facts.intermediate
         weights = round(NF4 * blocks) + width * (facts.params - blocks)
     else:
-        weights = width * facts.params
-    state = width if full else 4  # Adam's two moments are as wide as what they belong to
-    moments = 2 * (1 if layout.optimizer == "adamw-8bit" else state) * trained
+        weights = (4 if full else width) * facts.params
     saved = saved_per_token(layout)
-    if layout.checkpointing:
-        kept = facts.layers * width * facts.hidden + saved
-    else:
-        kept = facts.layers * saved
-    activations = layout.tokens * (kept + _BACKWARD_HIDDEN * facts.hidden)
+    kept = (
+        facts.layers * (4 if full else width) * facts.hidden + saved if layout.checkpointing else facts.layers * saved
+    )
+    activations = layout.tokens * (kept + _BESIDE.get(layout.kind, 22) * facts.hidden)
+    activations += round(_COPIES.get(key, 0) * blocks / (facts.layers if layout.checkpointing else 1))
     if layout.kind == "qlora":  # one dequantised layer at a time
         activations += width * max(inputs * outputs for inputs, outputs in facts.linears.values())
     if layout.generations:  # keys and values of the sequences being written
         activations += 2 * facts.layers * width * facts.kv_heads * facts.head_dim * layout.generations * layout.longest
-    chunk = min(layout.tokens, LOSS_CHUNK) * facts.vocabulary
+    elements = min(layout.tokens * facts.vocabulary, max(CHUNK_ELEMENTS[layout.device], 16 * facts.vocabulary))
+    logits = elements * (8 if width == 4 else 12)
+    if full:  # the head's gradient, summed in float32 beside its last share
+        logits += 8 * facts.vocabulary * facts.hidden
     sizes = {
         "weights": weights,
         "adapter": 0 if full else 4 * trained,
-        "optimizer": moments,
-        "gradients": (width if full else 4) * trained,
+        "optimizer": (2 if layout.optimizer == "adamw-8bit" else 8) * trained,
+        "gradients": 4 * trained,
         "activations": activations,
-        "logits": chunk * (width + 8),  # logits, their fp32 copy and its gradient
+        "logits": logits,
     }
     moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
     sizes["overhead"] = PROCESS[layout.device] + round(SPREAD[layout.device] * moving)
@@ -142,8 +155,3 @@ def fits(layout: Layout, budget: float) -> bool:
 def in_gib(count: float) -> str:
     """Bytes for people: "5.2 GiB"."""
     return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / MIB:.0f} MiB"
-
-
-def add_up(sizes: Mapping[str, int]) -> int:
-    """The total of `parts`."""
-    return sum(sizes.values())
