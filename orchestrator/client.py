@@ -219,7 +219,7 @@ class Client:
         if self._http is None or address != self._address:
             self.close()
             # A private socket has no certificates to check; reading the bundle would cost 80 ms.
-            transport = httpx.HTTPTransport(uds=address, verify=False)  # noqa: S501
+            transport = httpx.HTTPTransport(uds=address, verify=False)
             self._http = httpx.Client(transport=transport, base_url="http://localhost", trust_env=False)
             self._address = address
         return self._http
