@@ -21,7 +21,7 @@ from typing import Protocol
 
 from tunesmith.graph import route as names
 from tunesmith.graph.decisions import failed_state
-from tunesmith.graph.machine import Halted, NodeFailed, Tools, advance
+from tunesmith.graph.machine import Halted, NodeFailed, Tools, advance, forget
 from tunesmith.graph.route import newest, route
 from tunesmith.orchestrator.errors import Conflict, NoDaemon, TunesmithError
 from tunesmith.orchestrator.ports import JobPort
@@ -123,6 +123,7 @@ class _Driver:
                 except NodeFailed as error:
                     log.error("%s: %s", job, error)
                     fail(job, port, error)
+                    forget(job, self.home / "graph.db")
             self.troubles.pop(job, None)
         except Halted as halt:
             log.info("%s: left where it stands: %s", job, halt)

@@ -104,14 +104,13 @@ def _size(state: State, tools: Tools) -> Command[str]:
 
 def _estimate(state: State, tools: Tools) -> Command[str]:
     plan = admitted(planning.estimate(_draft(state)))
-    return _save(state, tools, plan)
+    return _save(state["job"], tools, plan, state["basis"])
 
 
-def _save(state: State, tools: Tools, plan: Plan) -> Command[str]:
-    """Store the plan, unless the job moved on or the request changed while it was made."""
-    job = state["job"]
+def _save(job: str, tools: Tools, plan: Plan, made_from: str | None) -> Command[str]:
+    """Store the plan, unless the job moved on, or the request is no longer what the plan was made from."""
     view = tools.port.view(job)
-    if (there := route(view)) != names.INTAKE or state.get("basis", basis(view)) != basis(view):
+    if (there := route(view)) != names.INTAKE or made_from not in (None, basis(view)):
         return _go(there)
     tools.port.save_plan(job, plan)
     return _go(route(tools.port.view(job)), {"draft": "", "basis": ""})
@@ -225,7 +224,8 @@ def _node(name: str) -> Any:
                 if name not in _PLANNING or isinstance(error, (Conflict, NoDaemon)) or type(error) is TunesmithError:
                     raise
                 log.info("%s: planning ends at %s: %s", state["job"], name, error)
-                return _save(state, tools, refused_plan(error))
+                made_from = None if name == names.INTAKE else state["basis"]
+                return _save(state["job"], tools, refused_plan(error), made_from)
         except (GraphBubbleUp, Conflict, NoDaemon, Unreadable):
             raise
         except Exception as error:
@@ -329,6 +329,15 @@ def checkpoints(path: Path) -> Iterator[SqliteSaver]:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         yield SqliteSaver(connection, serde=Strict())
+
+
+def forget(job: str, database: Path) -> None:
+    """Drop what is kept of a job, so that it starts anew from the store. A store that cannot be used keeps nothing."""
+    try:
+        with checkpoints(database) as saver:
+            saver.delete_thread(job)
+    except (OSError, sqlite3.Error) as error:
+        log.warning("%s: its checkpoints stay: %s", job, error)
 
 
 def move_aside(path: Path) -> None:

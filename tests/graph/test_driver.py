@@ -122,6 +122,8 @@ def test_an_unexpected_error_fails_the_job_as_internal_and_the_driver_goes_on(
     assert "secret" not in str(doc)
     assert "Traceback" not in str(doc)
     assert store.doc(OTHER)["state"] == S.AWAITING_APPROVAL
+    with machine.checkpoints(tmp_path / "graph.db") as saver:
+        assert saver.get_tuple({"configurable": {"thread_id": JOB}}) is None
     store.want(JOB, "retry")
     run(jobstore.Leases(store), tmp_path, idle_seconds=0.05)
     assert store.doc(JOB)["state"] == S.AWAITING_APPROVAL

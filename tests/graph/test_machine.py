@@ -265,6 +265,23 @@ def test_an_error_of_planning_becomes_a_finding_and_never_a_crash(drive, store, 
     )  # fmt: skip
 
 
+def test_an_answer_that_cannot_be_read_is_a_finding_too(drive, store, vague, monkeypatch):
+    """The second planning fails at its first step: nothing of the first one may stand in its way."""
+    real = planning.intake
+
+    def intake(request, answers):
+        if answers:
+            raise InputError("There is no such model.", code="model.unknown")
+        return real(request, answers)
+
+    monkeypatch.setattr(planning, "intake", intake)
+    store.create(JOB, vague)
+    assert drive() == "review"
+    store.answer(JOB, **{"model.id": "nonsense"})
+    assert drive() == "end"
+    assert (drive.state(), store.doc(JOB)["error"]["code"]) == (S.FAILED, "model.unknown")
+
+
 def test_a_sentence_that_trains_nothing_fails_with_the_command_that_helps(drive, store, tmp_path):
     store.create(JOB, Request(text="How is the training going?", cwd=str(tmp_path)))
     assert drive() == "end"
