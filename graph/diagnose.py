@@ -116,11 +116,13 @@ def _failure(attempt: AttemptView, error: Mapping[str, Any], parts: set[str]) ->
         return "data"
     if kind in ("InputError", "NotReady"):
         return "input"
-    if kind == "BackendUnavailable":
+    if kind == "BackendUnavailable" or "backend" in parts:
         return "backend"
+    if "killed" in parts:  # the executor saw the signal, and no memory kill beside it
+        return "killed"
     if _NAN.search(text):
         return "nan"
-    if error:
+    if error and parts != {"kernel", "exit"}:  # that one only says that nothing was said
         return "code"
     if attempt.exit_code == EXIT_KILLED:
         return "oom.host"
