@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 import uuid
@@ -195,7 +196,7 @@ class Client:
                 response = self._connection().request(
                     method, path, params=query, content=content, headers=headers, timeout=timeout or self._timeout
                 )
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            except (OSError, httpx.ConnectError, httpx.ConnectTimeout) as error:
                 raise no_daemon(self.home) from error
             except httpx.TimeoutException as error:
                 raise NoDaemon(
@@ -216,6 +217,9 @@ class Client:
             address = self.home.address
         except StorageError as error:
             raise no_daemon(self.home) from error
+        # Knocking first costs 0.1 ms; httpcore forgets to close the socket of a connection that is refused.
+        with socket.socket(socket.AF_UNIX) as knock:
+            knock.connect(address)
         if self._http is None or address != self._address:
             self.close()
             # A private socket has no certificates to check; reading the bundle would cost 80 ms.

@@ -20,7 +20,7 @@ def amount(value: Any) -> str:
         return "NaN" if math.isnan(figure) else ("infinity" if figure > 0 else "-infinity")
     if figure == int(figure) and abs(figure) < 1e15:
         return f"{int(figure):,}"
-    return f"{figure:,.0f}" if abs(figure) >= 10_000 else f"{figure:.4g}"
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
 
 
 def count(value: Any) -> str:
