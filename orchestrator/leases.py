@@ -241,6 +241,9 @@ class Leases:
             wishes.approve(self.store, job, by=by, usd=yes.get("usd"), hours=yes.get("hours"), paid=paid)
         except (InputError, NotReady) as error:
             self.store.set(job, error=dumps(error.to_doc()), yes=None)
+            return
+        # The driver that saves the plan goes on with it in the same turn: this mark is not for another one.
+        self.store.write("UPDATE jobs SET leased_wake = wake WHERE id = ? AND leased_wake = wake - 1", job)
 
     def submit(self, job: str, fence: int, attempt: Attempt) -> None:
         """Store an attempt, once for its key, and queue the job. Raises Conflict where its plan is not approved."""

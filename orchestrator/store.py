@@ -222,6 +222,10 @@ class Store:
         self.write("UPDATE jobs SET wake = wake + 1 WHERE id = ?", job)
         self._touched.add(job)
 
+    def settle(self, job: str) -> None:
+        """Nothing is left for the graph to do: the marks so far are worked off."""
+        self.write("UPDATE jobs SET seen = wake WHERE id = ?", job)
+
     def revoke(self, job: str) -> None:
         """Take the lease from whoever works on the job: a person changed what the work rests on."""
         self.write("UPDATE jobs SET fence = fence + 1, holder = NULL, tries = 0 WHERE id = ?", job)

@@ -153,6 +153,7 @@ def reject(store: Store, job: str) -> str:
             store.revoke(job)
             store.set(job, yes=None, wanted=None)
             store.move(job, JobState.REJECTED)
+            store.settle(job)
         return str(JobState.REJECTED)
 
 
@@ -164,6 +165,7 @@ def cancel(store: Store, job: str) -> str:
             if row["wanted"] == "retry":
                 store.set(job, wanted=None)
                 store.revoke(job)
+                store.settle(job)
             elif row["state"] != JobState.CANCELLED:
                 raise NotReady(f"{job} has already ended: {row['state']}.", code="job.ended", where=job)
             return str(row["state"])
@@ -178,6 +180,7 @@ def cancel(store: Store, job: str) -> str:
         store.revoke(job)
         store.set(job, yes=None, wanted=None)
         store.move(job, JobState.CANCELLED)
+        store.settle(job)
         return str(JobState.CANCELLED)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the core share: plans made by hand, a home, a small real kernel, a daemon process, a driver's place."""
+"""What the tests of the core share: plans made by hand, a home, a daemon process, and the place of its driver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,53 +39,7 @@ from tunesmith.orchestrator.nouns import (
 )
 from tunesmith.orchestrator.store import Store
 
-KERNEL = textwrap.dedent(
-    """
-    import json, os, pathlib, signal, sys, time
-
-    folder = pathlib.Path(sys.argv[-1])
-    attempt = json.loads((folder / "attempt.json").read_text())
-    steps = int(attempt["spec"]["train"]["max_steps"] or 5)
-    pause = float(attempt["spec"]["train"]["learning_rate"]) if attempt["spec"]["train"]["learning_rate"] != "auto" else 0
-    with open(folder.parents[3] / "starts", "a") as starts:
-        starts.write(f"{attempt['job']}:{attempt['number']}\\n")
-    out = open(folder / "events.jsonl", "a", buffering=1)
-    line = 0
-
-    def say(kind, values, step=None):
-        global line
-        line += 1
-        doc = {"attempt": attempt["number"], "line": line, "time": "2026-01-01T00:00:00.000Z", "kind": kind}
-        out.write(json.dumps({**doc, "step": step, "values": values}) + "\\n")
-
-    def told():
-        control = folder / "control"
-        return control.exists() and json.loads(control.read_text())["signal"] == "stop"
-
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    say("state", {"state": "running", "error": None})
-    print("the log begins", flush=True)
-    for step in range(1, steps + 1):
-        say("metric", {"train/loss": 2.0 / step, "train/num_tokens": 100 * step}, step)
-        say("progress", {"phase": "training", "done": step, "total": steps, "unit": "steps",
-                         "eta_seconds": (steps - step) * pause, "tokens_per_second": 50.0}, step)
-        if (stop or told()) and attempt["spec"]["name"] != "deaf":
-            say("checkpoint", {"path": f"checkpoints/step-{step:08d}", "bytes": 1, "sha256": "0"}, step)
-            say("state", {"state": "stopped", "error": None})
-            sys.exit(75)
-        time.sleep(pause)
-    if attempt["spec"]["name"] == "broken":
-        error = {"type": "InputError", "code": "data.row", "message": "Row 3 is broken.", "why": "", "fix": "", "where": ""}
-        say("state", {"state": "failed", "error": error})
-        sys.exit(2)
-    adapter = folder / "output" / "adapter"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    say("state", {"state": "succeeded", "error": None})
-    print("the log ends", flush=True)
-    """
-)
+SMALL_KERNEL = Path(__file__).parents[1] / "contracts" / "small_kernel.py"
 
 
 def poll(look: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -128,6 +81,9 @@ def make_attempt(job: str, plan: Plan, number: int = 1, **changes: Any) -> Attem
 
 class Core:
     """A store with everything beside it, in this process, and the shortest way to a queued job."""
+
+    make_plan = staticmethod(make_plan)
+    make_attempt = staticmethod(make_attempt)
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -173,20 +129,22 @@ def core(home: Home) -> Iterator[Core]:
 
 
 class Daemon:
-    """A real daemon process with a backend `toy`: the local executor and its shim around KERNEL."""
+    """A real daemon process with a backend `toy`: the local executor and its shim around a small kernel.
+
+    What a job does is told by its name (see small_kernel.py): "ok 3", "nap 0.5", "wait 60", "deaf", "fail", "die".
+    """
 
     def __init__(self, home: Home, site: Path) -> None:
         self.home = home
         self.site = site
         self.process: subprocess.Popen[bytes] | None = None
         site.mkdir()
-        (site / "toy_kernel.py").write_text(KERNEL)
         (site / "toy_backend.py").write_text(
-            "import sys\nfrom pathlib import Path\n"
+            "import sys\n"
             "from tunesmith.executors.local.executor import LocalExecutor\n"
             "def make(home):\n"
-            "    kernel = str(Path(__file__).with_name('toy_kernel.py'))\n"
-            "    return LocalExecutor(home, command=[sys.executable, '-I', '-S', kernel], grace_seconds=1.0)\n"
+            f"    command = [sys.executable, '-I', '-S', {str(SMALL_KERNEL)!r}]\n"
+            "    return LocalExecutor(home, command=command, grace_seconds=1.0)\n"
         )
         info = site / "toy_backend-1.dist-info"
         info.mkdir()
