@@ -75,7 +75,7 @@ _PREFERENCES = (
 _LABELS = ("label", "labels", "thumbs_up", "thumbs", "is_good", "good", "desirable", "liked", "feedback", "rating")
 _ANSWERS = (
     *("answer", "answers", "solution", "final_answer", "expected_answer", "ground_truth", "reference"),
-    *("reference_answer", "target", "gold", "gold_answer", "expected", "label", "tests", "test_cases"),
+    *("reference_answer", "target", "gold", "gold_answer", "expected", "tests", "test_cases"),
 )
 _TEXTUAL = frozenset({"text", "number", "turns", "turn"})
 TRUTH = {

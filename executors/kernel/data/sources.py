@@ -78,6 +78,12 @@ def select(
             yield block[index]
 
 
+def selected_rows(count: int, limit: int | None, fraction: float | None) -> int:
+    """How many of a source's `count` rows `select` takes."""
+    first = count if limit is None else min(count, limit)
+    return first if fraction is None else math.ceil(first * fraction - 1e-9)
+
+
 def fingerprint(sources: Sequence[DataSource], *, offline: bool = True) -> str:
     """ "sha256:..." of what the sources hold and which rows are taken: file bytes, config, split, limit, fraction.
 
