@@ -1,0 +1,497 @@
+"""The words for what is trained on, where, under which caps, and what becomes of the result: tables again."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tunesmith.graph.rules import Hit, Rule, fraction, lead, say, tail, value
+from tunesmith.graph.sentence import Ref
+from tunesmith.graph.vocabulary import OFF, ROWS
+
+DATA = "(?:data_?sets?|data|corpus|files?|training data|training set|rows|examples|samples|records|lines)"
+HELD = "(?:held_out|hold_out|validation|evaluation|evaluating|evals?|validating|testing|test|dev)"
+CAP = lead(
+    """in for under within at most max maximum no more than less up to below about time limit limited budget cap capped
+    of only a the is it cost costs costing spend spending pay over exceed exceeding not never don't do finish
+    finished done stop after and take taking fit fits into on using have has having with should must total training
+    train run running my that ram vram memory price keep""",
+    9,
+)
+PER = "(?! ?(?:/|per\\b|an hour|a day|each))"
+GGUF_KIND = "(?P<kind>i?q[1-8](?:_?(?:k(?:_?[sml])?|[01]|xxs|xs|nl|s|m))?|bf16|f16|f32|fp16|float16)"
+QUANTISED = "(?: (?:quanti[sz]ation|quanti[sz]ed|quants?|precision))?"
+_GGUF = "Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_0 Q4_1 Q4_K_S Q4_K_M Q5_0 Q5_1 Q5_K_S Q5_K_M Q6_K Q8_0 F16 BF16 F32 IQ4_NL IQ4_XS"
+GGUF_KINDS = tuple(_GGUF.split())
+GGUF_SHORT = {
+    "Q2": "Q2_K",
+    "Q3": "Q3_K_M",
+    "Q4": "Q4_K_M",
+    "Q5": "Q5_K_M",
+    "Q6": "Q6_K",
+    "Q8": "Q8_0",
+    "Q3_K": "Q3_K_M",
+    "Q4_K": "Q4_K_M",
+    "Q5_K": "Q5_K_M",
+    "FP16": "F16",
+    "FLOAT16": "F16",
+}
+FLAVOR = (
+    "(?P<flavor>a10g_(?:small|large(?:x[24])?)|a10g?|t4_(?:small|medium)|t4|l4x[14]|l4|l40s?x[148]|l40s?|a100_large|"
+    "a100x[48]|a100|h200x[248]|h200|h100|cpu_(?:basic|upgrade|xl|performance))"
+)
+_CARDS = "2060 2070 2080 3050 3060 3070 3080 3090 4000 4060 4070 4080 4090 5000 5060 5070 5080 5090 6000"
+CARDS = frozenset(_CARDS.split())
+ROLE = (
+    "(?P<role>prompts?|questions?|instructions?|inputs?|completions?|answers?|responses?|outputs?|replies|reply|targets?|"
+    "chosen|preferred|rejected|text|labels?|messages|conversations?)"
+)
+ROLES = {
+    "prompt": "prompt question instruction input",
+    "completion": "completion answer response output reply replie target",
+    "chosen": "chosen preferred",
+    "rejected": "rejected",
+    "text": "text",
+    "label": "label",
+    "messages": "message messages conversation",
+}
+KNOWN_DATA = {
+    "alpaca": "tatsu-lab/alpaca",
+    "capybara": "trl-lib/Capybara",
+    "codeforces-cots": "open-r1/codeforces-cots",
+    "dolly": "databricks/databricks-dolly-15k",
+    "gsm8k": "openai/gsm8k",
+    "imdb": "stanfordnlp/imdb",
+    "oasst1": "OpenAssistant/oasst1",
+    "openhermes": "teknium/OpenHermes-2.5",
+    "squad": "rajpurkar/squad",
+    "ultrachat": "HuggingFaceH4/ultrachat_200k",
+    "ultrafeedback": "HuggingFaceH4/ultrafeedback_binarized",
+}
+_EMPTY = """a an the it this that which my our on for with and to in of file data dataset model from as is has i we you
+    contains uses have are was works be should does looks"""
+_NO_NAME = frozenset(_EMPTY.split())
+_COLUMN = frozenset(["column", "columns", "field", "fields", "key"])
+
+
+def hours(hit: Hit) -> float:
+    """A duration in hours: "2 h", "90 minutes", "1 h 30 min", "half an hour", "a day"."""
+    unit = {"d": 24.0, "h": 1.0, "m": 1 / 60, "s": 1 / 3600}[(hit.group("unit") or "h")[0].lower()]
+    first = 1.0 if hit.has("one") else float(value(hit))
+    minutes = hit.number("N2").value if hit.has("N2") else float(hit.group("more") or 0)
+    return round(first * unit + minutes / 60, 6)
+
+
+def memory(hit: Hit) -> dict[str, Any]:
+    """A cap on memory, and a GPU of this machine where one is named with it."""
+    here = {"hardware": {"gpus": 1}, "backend": "local"} if re.search(r"\b(?:gpu|card)\b", hit.low) else {}
+    return {"limits.memory_gb": hit.number().plain, **here}
+
+
+def gguf(hit: Hit) -> str:
+    """A llama.cpp file type as it is spelled there; an unknown one stays as it is, to be refused by name."""
+    kind = (hit.group("kind") or "Q4_K_M").upper().replace(" ", "_").replace("-", "_")
+    squeezed = {known.replace("_", ""): known for known in GGUF_KINDS}
+    return GGUF_SHORT.get(kind) or squeezed.get(kind.replace("_", ""), kind)
+
+
+def second_part(hit: Hit) -> float | None:
+    """ "90/10 split": the second part is held out."""
+    first, second = hit.number("N").value, hit.number("N2").value
+    return round(second / (first + second), 9) if 0 < second < first else None
+
+
+def card(hit: Hit) -> dict[str, Any] | None:
+    """ "my 4090": a GPU of this machine."""
+    return {"hardware": {"gpus": 1}, "backend": "local"} if str(hit.number().plain) in CARDS else None
+
+
+def flavor(hit: Hit) -> dict[str, Any]:
+    """Rented hardware by its name, or the user's own."""
+    if set(hit.low.split()) & {"my", "our", "local", "own"}:
+        return {"hardware": {"gpus": 1}, "backend": "local"}
+    name = (hit.group("flavor") or "").lower().replace("_", "-").replace(" ", "-")
+    name = {"a10": "a10g", "l40": "l40s"}.get(name, name)
+    return {"hardware": name} | ({} if name == "h100" else {"backend": "hf-jobs"})
+
+
+def named(hit: Hit) -> str | None:
+    """A name; an owner/name is a place to push to, and a filler word is no name."""
+    name = hit.group("W") or ""
+    return name if name and "/" not in name and name.lower() not in _NO_NAME else None
+
+
+def known_data(hit: Hit) -> str | None:
+    """A data set called by a bare word: one everybody knows, or a word that can only be an id."""
+    name = hit.group("W") or ""
+    if name.lower() in KNOWN_DATA:
+        return KNOWN_DATA[name.lower()]
+    return name if re.fullmatch(r"[A-Za-z][A-Za-z0-9]*(?:[_-][A-Za-z0-9]+)*(?:_\w+|\d)", name) else None
+
+
+def data_name(hit: Hit) -> str | None:
+    """A data set called by name: "the dataset foo"."""
+    name = named(hit) or ""
+    return KNOWN_DATA.get(name.lower(), name) or None
+
+
+def data_ref(hit: Hit) -> Ref | None:
+    """A reference with words of data around it; quoted words are data only where they are said to be."""
+    ref = hit.refs[0]
+    before = hit.sentence.low[hit.match.start() : ref.start].split()
+    return None if ref.kind == "quoted" and (not before or before[-1] not in _SAYS_DATA) else ref
+
+
+_SAYS = "on over dataset datasets data file files folder called named is in from path"
+_SAYS_DATA = frozenset(_SAYS.split())
+
+
+def role_of(word: str) -> str:
+    """Our role for a column's usual name; the word itself where it has none."""
+    low = word.lower()
+    return next((role for role, names in ROLES.items() if {low, low.removesuffix("s")} & set(names.split())), low)
+
+
+def column(hit: Hit) -> dict[str, Any] | None:
+    """One role and its column; a file is no column, and a bare word counts only beside the word column."""
+    name = hit.group("W") or ""
+    quoted = [ref.kind == "quoted" for ref in hit.refs]
+    if not all(quoted) or not (quoted or "_" in name or _COLUMN & set(hit.low.split())) or name.lower() in _NO_NAME:
+        return None
+    return {"columns.role": {role_of(hit.group("role") or ""): name}}
+
+
+def instead(hit: Hit) -> dict[str, str] | None:
+    """ "good and bad instead of chosen and rejected": role -> the column it has here."""
+    theirs = [hit.group(name) for name in ("W", "W2") if hit.has(name)]
+    ours = [hit.group(name) for name in ("W3", "W4") if hit.has(name)]
+    return {role_of(role): name for role, name in zip(ours, theirs, strict=False) if role and name} or None
+
+
+def columns(hit: Hit) -> tuple[str, ...] | None:
+    """Columns in the order they are named; only quoted words count."""
+    return tuple(ref.text for ref in hit.refs) if all(ref.kind == "quoted" for ref in hit.refs) else None
+
+
+DATA_RULES: tuple[Rule, ...] = (
+    *say(
+        "data.limit",
+        value,
+        lead(
+            "only just use using on with for the a first subset sample of to limit limited up at most take from top "
+            "about it your my our train training is has",
+            7,
+        )
+        + f"{{N}}_(?:training |train |first |data )?{ROWS}(?: (?:only|total))?(?! (?:per|each|a step))",
+        lead("the only just on use", 3) + "first {N}",
+        "(?:limit|restrict|cap|cut)(?:ed)?" + tail("it the data rows dataset down to at", 4) + f" {{N}}(?: {ROWS})?",
+        "(?:max_|num_|n_)(?:train_)?(?:samples|rows|examples){IS}{N}",
+        "(?:limit|rows|samples|examples){IS}{N}",
+    ),
+    *say(
+        "data.fraction",
+        fraction,
+        lead("only just use using on with the a first take train about", 5)
+        + "(?:{P}|{F})"
+        + tail("of the my all its whole full", 4)
+        + f" {DATA}",
+        lead("only just use using on with the a first take train", 5) + "(?:{P}|{F}) of" + tail("it them the my", 2),
+        "(?:only|just|use|using) (?:a |the |first )?(?:{P}|{F})",
+        "fraction{IS}{A}",
+    ),
+    *say(
+        "data.full",
+        True,
+        "(?:on |use |using |over )?(?:the |my |our )?(?:full|whole|entire|complete)(?: of)?(?: the| my)?"
+        + f"(?: {DATA})?",
+        "(?:on |use |using |over )?all (?:of )?" + lead("the my our", 2) + DATA,
+    ),
+    *say(
+        "data.split",
+        lambda hit: (hit.group("W") or "").lower(),
+        lead("on using use from the its", 3)
+        + "(?P<W>train|test|validation|dev|valid|train_sft|test_sft)_split(?: of)?",
+        "split{IS}{W}",
+    ),
+    *say(
+        "data.config",
+        named,
+        "(?:config(?:uration)?|subset){IS}(?:named |called )?{W}",
+        lead("use using with the its", 3) + "(?P<W>[a-z][\\w-]{0,60}) (?:config(?:uration)?|subset)(?: of)?",
+    ),
+    *say("data.name", data_name, "(?:on|using|with|use|from|over|of) " + lead("the my", 2) + "{W} data_?set"),
+    *say("data.name", data_name, "(?:the |a |my )?data_?set(?: (?:is|called|named))?{IS}{W}", "the {W} data_?set"),
+    *say("data.name", known_data, "(?:on|using|with|use|from|over|of) " + lead("the my", 2) + "{W}"),
+    *say("data.name", lambda hit: KNOWN_DATA.get((hit.group("W") or "").lower()), "{W}"),
+)
+
+COLUMN_RULES: tuple[Rule, ...] = (
+    *say(
+        "columns.instead",
+        instead,
+        lead("has have with uses use using the its are is named called columns column fields it names", 5)
+        + "{W},? (?:and|&|/) {W2} (?:instead of|rather than|not) (?:the )?{W3},? (?:and|&|/|or) {W4}",
+        "(?:uses|use|has|have|called|named|calls it|says|with|is) {W} (?:instead of|rather than) (?:the )?{W3}",
+    ),
+    *say(
+        "columns",
+        columns,
+        lead("has have with contains contain uses use using the its are is named called columns column fields keys", 7)
+        + "(?:\ue000++(?:, |,? and |,? & |/|,? or | )){1,5}{R}(?: (?:columns?|fields?|keys?))?",
+    ),
+    *say(
+        "",
+        column,
+        f"(?:the |my |its )?{ROLE}"
+        + tail("column field key text is are in called named lives under comes from the it's")
+        + "{IS}{W}(?: (?:column|field|key))?",
+        lead("use with column field the take")
+        + f"{{W}}(?: (?:column|field))? (?:as|for) (?:the )?{ROLE}(?: (?:column|field))?",
+    ),
+)
+
+EVAL_RULES: tuple[Rule, ...] = (
+    *say(
+        "eval.fraction",
+        fraction,
+        "(?:hold|holding|held|keep|keeping|leave|set|setting|split|put|reserve|reserving|save|use|using|with)"
+        + tail("out back aside off away a an and", 2)
+        + " {A}"
+        + tail("of the my data dataset rows examples it them back aside out away off")
+        + f" (?:as|for|to){tail('a the an', 2)} {HELD}"
+        + tail("set split data rows loss purposes", 2),
+        "(?:hold|holding|held|keep|leave|set|split)(?:_| )(?:out|aside|back|off) {A}"
+        + tail("of the my data dataset rows it"),
+        lead("with a an", 2) + "{A}" + tail("of the my data dataset rows is are as for a it") + f" {HELD}"
+        "(?: (?:set|split|data|rows|fraction))?",
+        f"{HELD}(?: (?:set|split|fraction|size|share|data))?(?: on)?{{IS}}{{P}}" + tail("of the my data rows", 4),
+        f"{HELD}_(?:fraction|share|size|ratio|split){{IS}}{{A}}",
+    ),
+    *say(
+        "eval.fraction",
+        second_part,
+        "(?:an? )?{N}(?:/|-| / | to | ){N2}(?: |_)(?:[a-z]{3,10}(?:/| / | and |-| ))*split",
+    ),
+    *say(
+        "eval.fraction",
+        0,
+        f"{OFF} (?:a |the )?(?:{HELD}|evaluate|validate)(?: (?:set|split|data|rows|anything))?",
+        "(?:don't|do not) hold (?:anything |any |rows )?(?:out|back)",
+    ),
+    *say(
+        "eval.tasks",
+        lambda hit: (hit.group("W"),),
+        "(?:and )?(?:evaluat\\w+|benchmark|test|measure|score)"
+        + tail("it model models the result both them", 3)
+        + " (?:on|with|against|using)(?: the)? {W} benchmark",
+        "benchmark (?:it |the model )?(?:on|with|against) (?:the )?{W}",
+    ),
+)
+
+PLACE_RULES: tuple[Rule, ...] = (
+    *say(
+        "backend",
+        "hf-jobs",
+        lead("on using with in via through to at as a run the", 4)
+        + "(?:hugging_?face|hf)(?:'s)?_(?:jobs?|cloud|gpus?|infrastructure)",
+        "(?:in|on|to|using) the cloud",
+    ),
+    *say("backend", "ray", lead("on using with in via through to at the my our a", 3) + "ray(?: cluster)?"),
+    *say(
+        "backend",
+        "local",
+        "locally",
+        "(?:on |use )?(?:the )?local(?: machine| only| backend)?",
+        "(?:on|using) (?:my|this|the|our)(?: own| local)* (?:machine|laptop|computer|desktop|box|pc|mac|macbook|"
+        "workstation|server|notebook)(?: locally)?",
+        "offline",
+    ),
+    *say(
+        "",
+        {"backend": "local", "hardware": "cpu"},
+        lead("on using with the my a this local our just only", 4) + "cpus?(?:_only| cores?)?",
+    ),
+    *say(
+        "",
+        {"backend": "local", "hardware": {"gpus": 1}},
+        "(?:on |using |with |use |in )?(?:my|our|this|local|own|your|the) "
+        + lead("local own nvidia rtx geforce single cuda apple", 3)
+        + "(?:gpu|graphics card|cuda device|video card)",
+        "(?:on|use|using) (?:a |one |the )?(?:gpu|cuda)",
+    ),
+    *say(
+        "",
+        card,
+        lead("on using with my our a an the single own local nvidia geforce rtx")
+        + "{N}(?:_?ti)?(?: super| ada)?(?: gpu| card)?",
+    ),
+    *say(
+        "",
+        lambda hit: {"hardware": {"gpus": hit.number().plain}},
+        lead("on using with across over my our the use", 3) + "{N}_?x?_?(?:nvidia )?gpus?",
+    ),
+    *say(
+        "",
+        flavor,
+        lead("on using with in my our own local a an the single use nvidia hf", 6)
+        + f"{FLAVOR}(?: (?:gpu|instance|machine|flavor|hardware|node))?",
+    ),
+)
+
+LIMIT_RULES: tuple[Rule, ...] = (
+    *say(
+        "limits.hours",
+        hours,
+        f"{CAP}{{N}}_(?P<unit>h)(?:ours?|rs?|r)?"
+        "(?: ?(?:and )?{N2}_m(?:in(?:ute)?s?)?| ?(?P<more>\\d{1,2})m(?:in)?)?",
+        f"{CAP}{{N}}_(?P<unit>m)in(?:ute)?s?",
+        f"{CAP}{{N}}_(?P<unit>d)ays?",
+        f"{CAP}{{N}}_(?P<unit>s)ec(?:ond)?s?",
+        f"{CAP}(?P<one>an|one) (?P<unit>h)our",
+        f"{CAP}{{F}} an (?P<unit>h)our",
+        f"{CAP}(?P<one>a) (?P<unit>d)ay",
+    ),
+    *say(
+        "limits.usd",
+        value,
+        f"{CAP}\\$ ?{{N}}(?: usd| dollars)?{PER}",
+        f"{CAP}usd ?{{N}}{PER}",
+        f"{CAP}{{N}} ?\\${PER}",
+        f"{CAP}{{N}}_(?:us )?(?:dollars?|usd|bucks?){PER}",
+    ),
+    *say("limits.usd", lambda hit: value(hit) / 100, f"{CAP}{{N}} cents?"),
+    *say(
+        "limits.usd",
+        0,
+        "for free",
+        "free of charge",
+        "without (?:spending|paying) (?:any money|anything|money)",
+        "(?:spend|cost) nothing",
+        "at no cost",
+    ),
+    *say(
+        "",
+        memory,
+        f"{CAP}{{N}}_(?:gb|gib|gigs?|gigabytes?)(?: of)?"
+        + tail("vram ram gpu memory video card graphics device", 3)
+        + "(?! (?:data|file|csv|jsonl?|model|corpus))",
+    ),
+    *say(
+        "unsupported",
+        "limits.usd",
+        f"{CAP}(?:€|£|eur |euros? ){{N}}",
+        f"{CAP}{{N}} ?(?:€|£|euros?|eur|pounds|gbp)",
+        f"{CAP}\\$ ?{{N}} ?(?:/|per|an) ?h\\w*",
+    ),
+)
+
+_RESULT = (
+    "it this that the my our result results resulting final trained tuned fine_tuned finetuned adapter adapters model "
+    "weights merged gguf file files everything up private privately public publicly lora"
+)
+DELIVER_RULES: tuple[Rule, ...] = (
+    *say(
+        "deliver.push",
+        lambda hit: hit.group("R"),
+        lead("and then", 2)
+        + "(?:push|upload|publish|send|share|release|put)"
+        + tail(_RESULT, 7)
+        + " (?:to|as|at|on|into|under)"
+        + tail(
+            "the my our hugging_?face hf hub repo repository account namespace org private public as at to under "
+            "called named model and",
+            7,
+        )
+        + " {R}",
+        "push{IS}{R}",
+    ),
+    *say(
+        "push.where",
+        True,
+        lead("and then", 2)
+        + "(?:push|upload|publish|share|release)"
+        + tail(_RESULT)
+        + "(?: (?:to|on)"
+        + tail("the my hugging_?face hf hub", 4)
+        + ")?",
+    ),
+    *say(
+        "deliver.merge",
+        True,
+        lead("and then", 2)
+        + "(?:merg(?:e|ed|ing)|fuse)"
+        + tail("it the adapter adapters lora weights them result with into in back to base a single", 9)
+        + "(?: model)?",
+    ),
+    *say("deliver.merge", False, f"{OFF} merg(?:e|ing|ed)" + tail("it the adapter adapters weights", 2)),
+    *say(
+        "deliver.gguf",
+        gguf,
+        lead("to into as in a an the and format", 4)
+        + "gguf"
+        + tail("file files format model with at in using as and quanti[sz]ed to of type", 5)
+        + f" {GGUF_KIND}{QUANTISED}",
+        lead("as in with to a at using the", 3) + GGUF_KIND + QUANTISED + " gguf(?: (?:file|format))?",
+        lead("as in with to a at using the", 3) + GGUF_KIND.replace("|bf16|f16|f32|fp16|float16", "") + QUANTISED,
+    ),
+    *say(
+        "gguf.some",
+        True,
+        lead("to into as in a an the and", 4) + "gguf(?: (?:file|files|format|model))?",
+        lead("to in for with run use it", 4) + "(?:ollama|lm_studio|llama\\.cpp|llamacpp)",
+    ),
+    *say("deliver.private", True, lead("as to a keep it in", 3) + "private(?:ly)?(?: repo(?:sitory)?| model)?"),
+    *say("deliver.private", False, lead("as to a make it in", 3) + "public(?:ly)?(?: repo(?:sitory)?| model)?"),
+    *say(
+        "name",
+        named,
+        lead("and then please", 2)
+        + "(?:call|name|label)"
+        + tail("it this the job run model result my adapter", 3)
+        + " {W}",
+        "(?:a job |a run |the job |job |run )?(?:named|called) {W}",
+        "(?:job_|run_)?name{IS}{W}",
+    ),
+)
+
+REFERENCE_RULES: tuple[Rule, ...] = (
+    *say(
+        "eval.source",
+        lambda hit: hit.group("R"),
+        lead("and then with", 2)
+        + f"(?:evaluate|validate|{HELD})"
+        + tail("it the model result set split data file rows on with against using is from in are")
+        + " {R}",
+        "{R} (?:for|as) " + lead("the a", 2) + f"{HELD}(?: (?:set|split|data))?",
+    ),
+    *say(
+        "data.source",
+        data_ref,
+        "(?:(?:train|training|trained|learn|learning|tune|tuned|run|running) )?"
+        + lead(
+            "on over of data_?sets? data corpus file files folder the my our this these a local set training hub "
+            "hugging_?face called named found from at in path directory csv json jsonl parquet to is are located "
+            "stored lives live sits full whole entire examples rows source using use and there's",
+            10,
+        )
+        + "(?:on|over|of|data_?sets?|data|corpus|files?|folder|source|called|path|full|whole|entire|rows|examples|set|"
+        "lives|is|are|in|located|stored|from)(?: the| my| our| this| local){0,3} {R}"
+        "(?: (?:data_?sets?|data|files?|corpus|folder|directory|hub dataset))?",
+        "(?:the |my |our |this )?{R} (?:data_?sets?|data|files?|corpus|folder|directory)",
+    ),
+    *say("ref.like", lambda hit: hit.refs[0], "(?:and|plus|&|as well as) " + lead("the also on my") + "{R}"),
+    *say(
+        "model.id",
+        lambda hit: hit.refs[0],
+        "(?:based on|base_?(?: model)?(?: is| of)?|starting from|start(?:ing)? (?:from|with)|continue from|on top of|"
+        "from (?:the )?(?:model|checkpoint|base)|models?(?: is| called| named| at| in)?|checkpoint(?: at)?|weights)"
+        + tail("the my a our model base is at in", 3)
+        + "{IS}{R}(?: model)?",
+        "{R} (?:models?|checkpoint|weights|as (?:the |a |my )*(?:base|model|starting point)(?: model)?)",
+    ),
+    *say(
+        "ref",
+        lambda hit: hit.refs[0],
+        "(?:(?:using|with|use|from|against|via|through|in|take) )?" + lead("the my our this a", 3) + "{R}",
+    ),
+)
