@@ -61,19 +61,19 @@ def read_on(folder: Folder, cursor: Cursor, number: int, *, ended: bool, most: i
     def take(line: bytes) -> None:
         nonlocal skipped, state, inside
         event = None if inside or len(line) > MAX_LINE_BYTES else decode(line)
-        inside = False
         if event is not None and event.attempt == number:
             events.append(event)
             state = state_of(event) or state
-        elif line.strip():
+        elif inside or line.strip():
             skipped += 1
+        inside = False
 
     while (newline := data.find(b"\n", position)) >= 0:
         take(data[position:newline])
         position = newline + 1
     rest = len(data) - position
     if ended and at_end and (rest or inside):
-        take(data[position:] or b"?")
+        take(data[position:])
         position = len(data)
     elif rest > MAX_LINE_BYTES or (inside and rest):
         inside, position = True, len(data)

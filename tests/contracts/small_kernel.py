@@ -199,4 +199,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the interpreter gives handlers back on its way out, not this
+    sys.exit(code)
