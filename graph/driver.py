@@ -166,15 +166,16 @@ def fail(job: str, port: JobPort, error: NodeFailed) -> None:
 class Turn:
     """The lock of a job (flock on graph.lock, released by the kernel) and its tally of steps that never came back.
 
-    The file holds the furthest step reached and how many turns in a row ended there without a word: killed, crashed,
-    out of memory. Every other end of a turn empties it.
+    The file holds the furthest step reached, how many turns in a row died inside it (killed, crashed, out of memory),
+    and whether it is in hand now. Every other end of a turn empties it.
     """
 
     def __init__(self, descriptor: int, stop: threading.Event) -> None:
         self.descriptor = descriptor
         self.stop = stop
-        self.step, self.crashes = _tally(descriptor)
-        self.crashes += bool(self.step)
+        self.step, self.crashes, inside = _tally(descriptor)
+        self.crashes += inside
+        self._note(inside=False)  # a death before the step is reached again is not counted
 
     @classmethod
     @contextlib.contextmanager
@@ -204,9 +205,12 @@ class Turn:
             raise NodeFailed(node, f"The step {node!r} ended its process {self.crashes} times in a row.")
         if _ORDER[node] > _ORDER.get(self.step, -1):
             self.step, self.crashes = node, 0
-        tally = json.dumps({"step": self.step, "crashes": self.crashes}).encode()
+        self._note(inside=node == self.step)
+
+    def _note(self, *, inside: bool) -> None:
+        tally = json.dumps({"step": self.step, "crashes": self.crashes, "inside": inside}).encode()
         with contextlib.suppress(OSError):  # a full disk must not stop the job here
-            os.pwrite(self.descriptor, tally.ljust(80), 0)
+            os.pwrite(self.descriptor, tally.ljust(96), 0)
 
 
 def _locked(descriptor: int) -> bool:
@@ -217,9 +221,9 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _tally(descriptor: int) -> tuple[str, int]:
+def _tally(descriptor: int) -> tuple[str, int, bool]:
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
-        return str(found["step"]), int(found["crashes"])
+        return str(found["step"]), int(found["crashes"]), bool(found["inside"])
     except (ValueError, KeyError, TypeError):
-        return "", 0
+        return "", 0, False

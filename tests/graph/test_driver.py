@@ -203,7 +203,9 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\0", b"{}", b'{"step": 1}', b"[]", b"null", os.urandom(64)])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0\0", b"{}", b'{"step": 1, "crashes": "x", "inside": 2}', b"[]", b"null", os.urandom(64)]
+)
 def test_any_content_of_the_lock_is_taken(tmp_path, content):
     (tmp_path / "graph.lock").write_bytes(content)
     with Turn.hold(tmp_path, threading.Event(), 1) as turn:
@@ -228,6 +230,16 @@ def test_a_step_that_kills_its_process_is_given_up_in_the_end(tmp_path):
         with pytest.raises(NodeFailed, match=f"'inspect'.* {CRASHES} times"):
             turn.enter("inspect")
     died(tmp_path, "intake", "inspect")  # after an orderly end it counts anew
+
+
+def test_a_death_before_the_step_is_reached_again_is_not_counted(tmp_path):
+    died(tmp_path, "intake", "inspect")
+    for _ in range(CRASHES):
+        died(tmp_path)
+        died(tmp_path, "intake")
+    with Turn.hold(tmp_path, threading.Event(), 1) as turn:
+        turn.enter("inspect")
+        assert turn.crashes == 1
 
 
 def test_a_step_further_than_the_last_is_progress(tmp_path):

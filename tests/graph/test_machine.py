@@ -289,11 +289,17 @@ def test_a_sentence_that_trains_nothing_fails_with_the_command_that_helps(drive,
     assert store.view(JOB).plan.errors
 
 
-def test_numbers_and_texts_that_no_database_likes_are_planned_too(drive, store, good):
-    spec = {**good.spec, "name": "x\ud800y", "train": {"max_steps": 10**30}}
-    store.create(JOB, Request(spec=spec, cwd=good.cwd))
-    drive()
-    assert drive.state() in (S.FAILED, S.AWAITING_APPROVAL, S.AWAITING_INPUT)
+@pytest.mark.parametrize("name", ["x\0y", "\u202e\x1b[31m", "x" * 100_000, 10**30, float("nan"), "\ud800"])
+def test_a_draft_with_values_that_no_database_likes_goes_from_step_to_step(drive, store, good, monkeypatch, name):
+    monkeypatch.setattr(planning, "estimate", lambda draft: refuse_with(draft.request.spec["name"]))
+    store.create(JOB, Request(spec={**good.spec, "name": name}, cwd=good.cwd))
+    assert drive() == "end"
+    assert drive.steps == ["intake", "inspect", "size", "estimate"]
+    assert store.doc(JOB)["error"]["message"] == repr(name)
+
+
+def refuse_with(value):
+    raise InputError(repr(value), code="test")
 
 
 @pytest.mark.parametrize("step", ["intake", "inspect", "size", "estimate", "submit"])
