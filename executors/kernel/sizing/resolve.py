@@ -7,7 +7,6 @@ checkpointing), then an 8-bit optimizer for full training, then a quantised base
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -430,7 +429,8 @@ def _smaller(facts: ModelFacts) -> list[ModelFacts]:
         if model.family == facts.family and model.instruct == facts.instruct and model.params < facts.params:
             sizes.setdefault(model.params, []).append(model)
     nearest = sorted(sizes, reverse=True)[:2]
-    return [max(sizes[count], key=lambda model: len(os.path.commonprefix([model.id, facts.id]))) for count in nearest]
+    words = set(facts.id.split("-"))
+    return [max(sizes[count], key=lambda model: len(words & set(model.id.split("-")))) for count in nearest]
 
 
 _ORDER = (

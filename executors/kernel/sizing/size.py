@@ -1,10 +1,9 @@
 """How many bytes one device must hold while a job trains: closed forms of our own kernel's step.
 
 What the forms describe: adapters in float32 on a frozen base of the asked type, or all weights in float32 under
-autocast; Adam in float32; packed batches with per-document attention, which never hold scores; logits for a chunk of supervised
-positions at a time. T is the number of tokens in a micro-batch. What autograd saves in each block are exact integers,
-counted with saved-tensor hooks on `loops` (transformers 5.23, peft 0.21): tests/executors/kernel/sizing/test_size.py
-counts them again.
+autocast; Adam in float32; packed batches with per-document attention, which never hold scores; logits for a chunk of
+supervised positions at a time. T is the number of tokens in a micro-batch. What autograd saves in each block are exact
+integers, counted with saved-tensor hooks on `loops` (transformers 5.23, peft 0.21); test_saved_bytes.py counts again.
 """
 
 from __future__ import annotations
