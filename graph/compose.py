@@ -224,7 +224,7 @@ def _method(made: Made, index: int, part: Part) -> str:
     return values[0] if values else "sft"
 
 
-# --- model and data ------------------------------------------------------------------------------------------------
+# --- model and data -----------------------------------------------------------------------------------------------------
 
 
 def _model_and_data(made: Made, index: int, part: Part, doc: dict[str, Any], intent: str) -> None:
@@ -254,7 +254,7 @@ def _model_and_data(made: Made, index: int, part: Part, doc: dict[str, Any], int
         else:
             sources.append(fact)
     _choose_model(made, index, part, models, doc, intent)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for fact in sources:
         source = fact.value.text if isinstance(fact.value, Ref) else str(fact.value)
         if all(row["source"] != source for row in rows):
@@ -387,7 +387,7 @@ def _mapping(part: Part, doc: dict[str, Any]) -> tuple[dict[str, Any] | None, st
     return {"kind": kind, "columns": found}, "; ".join(words)
 
 
-# --- the rest --------------------------------------------------------------------------------------------------------
+# --- the rest -----------------------------------------------------------------------------------------------------
 
 
 def _batch(said: dict[str, Fact], doc: dict[str, Any]) -> None:

@@ -121,7 +121,7 @@ def _contradiction(where: str, message: str) -> Finding:
     return Finding(level="error", code="request.contradiction", message=message, where=where, fix="Say one of the two.")
 
 
-# --- words to facts ------------------------------------------------------------------------------------------------
+# --- words to facts -----------------------------------------------------------------------------------------------------
 
 
 def scan(words: Sentence) -> tuple[list[Fact], list[str]]:
@@ -181,7 +181,7 @@ def stages(words: Sentence, facts: Sequence[Fact]) -> list[Part]:
     return [Part(tuple(fact for fact in facts if low <= fact.start < high)) for low, high in pairwise(bounds)]
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------------
+# --- what is asked -----------------------------------------------------------------------------------------------------
 
 
 def command_for(intent: Intent, words: Sentence, facts: Sequence[Fact], made: Made) -> list[str]:

@@ -152,7 +152,7 @@ VERB_RULES: tuple[Rule, ...] = (
 )
 
 
-# --- the decision --------------------------------------------------------------------------------------------------
+# --- the decision -----------------------------------------------------------------------------------------------------
 
 Intent = Literal["train", "status", "check", "advice", "export"]
 _ANY_DATA = frozenset({"data.source", "data.name", "ref", "ref.like"})

@@ -65,7 +65,7 @@ def plan(
     return estimate(size(inspect(draft, cache), devices, cache))
 
 
-# --- intake ----------------------------------------------------------------------------------------------------------
+# --- intake -----------------------------------------------------------------------------------------------------
 
 
 def intake(request: Request, answers: Mapping[str, Any]) -> Draft:
@@ -94,9 +94,8 @@ def intake(request: Request, answers: Mapping[str, Any]) -> Draft:
     questions = tuple(item for item in reading.questions if not _settled(item, docs, said))
     findings = [item for item in reading.findings if not _overruled(item, said)]
     checked = [_checked(doc, index, len(docs), questions) for index, doc in enumerate(docs)]
-    draft = replace(
-        draft, questions=questions, findings=(*findings, *refused, *(item for each in checked for item in each))
-    )
+    findings += [*refused, *(item for each in checked for item in each)]
+    draft = replace(draft, questions=questions, findings=tuple(findings))
     if questions or refused or any(checked):
         return draft
     return draft.with_stages(
@@ -149,15 +148,11 @@ _OF_WORDS = ("request.contradiction", "request.unsupported", "model.unknown", "s
 
 def _overruled(finding: Finding, said: Mapping[str, Any]) -> bool:
     """Whether a finding about the words no longer stands, because a setting says what is meant."""
-    if finding.code not in (
-        "request.contradiction",
-        "request.unsupported",
-        "model.unknown",
-        "spec.value",
-        "method.unknown",
-    ):
-        return False
-    return bool(finding.where) and any(key in said for key in (finding.where, finding.where.split(".")[0]))
+    return (
+        finding.code in _OF_WORDS
+        and bool(finding.where)
+        and any(key in said for key in (finding.where, finding.where.split(".")[0]))
+    )
 
 
 def _checked(doc: settings.Doc, index: int, count: int, questions: Sequence[Question]) -> list[Finding]:
@@ -176,7 +171,7 @@ def _checked(doc: settings.Doc, index: int, count: int, questions: Sequence[Ques
     return found
 
 
-# --- inspect -----------------------------------------------------------------------------------------------------------
+# --- inspect -----------------------------------------------------------------------------------------------------
 
 
 def inspect(draft: Draft, cache: Path) -> Draft:
@@ -248,7 +243,7 @@ def _not_built(spec: JobSpec) -> list[Finding]:
     return found
 
 
-# --- size --------------------------------------------------------------------------------------------------------------
+# --- size -----------------------------------------------------------------------------------------------------
 
 
 def size(draft: Draft, devices: Devices, cache: Path) -> Draft:
@@ -359,7 +354,7 @@ def _hardware(hardware: str | Mapping[str, Any] | None) -> str:
     return repr(hardware)
 
 
-# --- estimate ------------------------------------------------------------------------------------------------------------
+# --- estimate -----------------------------------------------------------------------------------------------------
 
 
 def estimate(draft: Draft) -> Plan:
@@ -462,16 +457,4 @@ def _cap(key: str, cap: str, needed: str, surely: bool) -> Finding:
     )
 
 
-__all__ = [
-    "BUILT",
-    "NO_DATA",
-    "DataReport",
-    "Draft",
-    "StageDraft",
-    "choose",
-    "estimate",
-    "inspect",
-    "intake",
-    "plan",
-    "size",
-]
+__all__ = ["BUILT", "Draft", "StageDraft", "choose", "estimate", "inspect", "intake", "plan", "size"]
