@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +69,10 @@ def reach(name: str, *, offline: bool) -> None:
 
 def _ask(endpoint: str) -> str | None:
     """Why the endpoint does not answer, or None. In a thread, because looking up a name knows no time-out."""
+    import threading
+    import urllib.error
+    import urllib.request
+
     answer: list[str | None] = []
 
     def ask() -> None:

@@ -108,11 +108,12 @@ class Problems:
         if isinstance(result, InputError):
             self._add(result.code, row.where)
             return
-        key = hash(tuple(texts(result)))
+        found = tuple(texts(result))
+        key = hash(found)
         if key in self._seen:
             self._add("data.duplicates", row.where)
         self._seen.add(key)
-        for text in texts(result):
+        for text in found:
             self._read(text, row.where)
         if "chosen" in result.extra and result.extra["chosen"] == result.extra.get("rejected"):
             self._add("data.identical_pair", row.where)
@@ -144,10 +145,11 @@ class Problems:
             self._add("data.placeholders", where, match.group())
         if ("<" in text or "[" in text) and (match := _TOKEN.search(text)):
             self._add("data.template_tokens", where, match.group())
-        if not text.isprintable():
+        plain = text.isascii()
+        if not text.replace("\n", " ").isprintable() or (not plain and "\ufffd" in text):
             if _CONTROL.search(text):
                 self._add("data.control_characters", where)
-            if not text.isascii() and _BIDI.search(text):
+            if not plain and _BIDI.search(text):
                 self._add("data.bidi", where)
 
     def _add(self, code: str, where: str, example: str = "") -> None:

@@ -6,8 +6,6 @@ held in memory is at most MAX_ARRAY bytes (after decompression).
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import zlib
 from collections.abc import Iterator
@@ -41,7 +39,7 @@ def records(path: Path) -> Iterator[Record]:
             empty = False
             yield record
     except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
+        if error.errno is None:  # gzip's own error, not the system's
             raise _broken_gzip(path) from error
         raise unreadable(path, error) from error
     except (EOFError, zlib.error) as error:
@@ -82,6 +80,8 @@ def nesting(value: Any) -> int:
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
+        import gzip
+
         return cast(IO[bytes], gzip.open(path, "rb"))
     return path.open("rb")
 
@@ -300,6 +300,8 @@ def _read_tsv(path: Path) -> Iterator[Record]:
 
 
 def _read_table(path: Path, delimiter: str | None) -> Iterator[Record]:
+    import csv
+
     csv.field_size_limit(MAX_LINE)
     with _open(path) as handle:
         lines = (_text(path, line, number) for number, line in _lines(path, handle))
