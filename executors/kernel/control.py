@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -20,10 +22,15 @@ class Control:
         self._stop = False
         self._checkpoint = False
 
-    def listen(self) -> None:
-        """Take SIGTERM and SIGINT as an order to stop, from the main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._signalled)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While inside, SIGTERM and SIGINT are orders to stop. For the main thread."""
+        before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._stop = True

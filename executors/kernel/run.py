@@ -45,8 +45,7 @@ def run(folder: Path) -> int:
         print(f"The attempt in {folder} cannot be read: {error}", file=sys.stderr)
         return BAD_INPUT
     control = Control(folder / "control")
-    control.listen()
-    with reporter:
+    with reporter, control.listening():
         track = Track(home_of(folder), attempt.job, plain(attempt.spec), lambda text: reporter.log(text, "warning"))
         reporter.listeners.append(track)
         reporter.state("starting")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,17 @@ def attach(model: Any, spec: AdapterSpec, seed: int, base_id: str) -> Any:
     torch.manual_seed(seed)
     config = LoraConfig(
         r=int(spec.rank),
-        lora_alpha=float(spec.alpha),
+        lora_alpha=int(alpha) if (alpha := float(spec.alpha)).is_integer() else alpha,
         target_modules=targets(model, spec.targets),
         lora_dropout=spec.dropout,
         use_dora=spec.kind == "dora",
         bias="none",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    with warnings.catch_warnings():
+        # peft asks transformers 5.23 under an old name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     config.base_model_name_or_path = base_id
     return adapted
 
@@ -88,7 +92,9 @@ def save(model: Any, folder: Path) -> None:
     config.inference_mode = True
     config.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()), indent=2, sort_keys=True) + "\n")
+    doc = json.loads(path.read_text())
+    doc["target_modules"] = sorted(doc["target_modules"])  # a set in peft: the same adapter shall be the same bytes
+    path.write_text(json.dumps(doc, indent=2, sort_keys=True) + "\n")
 
 
 def load(model: Any, folder: Path) -> None:

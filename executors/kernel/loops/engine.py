@@ -187,11 +187,13 @@ class Engine:
         return self.cursor.step
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, prune older ones, and say so."""
+        """Write a checkpoint of the present step, prune older ones, and say so. Broken weights are never saved."""
         self._settle(0)
         step = self.cursor.step
         if self._saved_step == step:
             return
+        if not self.net.finite():
+            raise _not_a_number("weights", step)
         self.reporter.progress("saving", 0, 1, unit="checkpoints", step=step)
 
         def fill(folder: Path) -> None:
@@ -261,7 +263,7 @@ class Engine:
                 taken.arrived.synchronize()
             loss, norm = taken.figures.tolist()
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-                raise _not_a_number(taken.step, loss)
+                raise _not_a_number("loss" if not math.isfinite(loss) else "gradient", taken.step)
             before, self._clock = self._clock, time.perf_counter()
             seconds = max(self._clock - before, 1e-9)
             self._pace.add(seconds, taken.tokens)
@@ -334,7 +336,7 @@ class Engine:
         self.reporter.metric({"eval/loss": loss}, step)
         self.reporter.progress("evaluating", len(batches), len(batches), unit="batches", step=step)
         if not math.isfinite(loss):
-            raise _not_a_number(step, loss)
+            raise _not_a_number("evaluation's loss", step)
         self.cursor.evaluated_step = step
         if step > 0:
             self._judge(loss)
@@ -402,11 +404,11 @@ def _eight_bit(groups: list[dict[str, Any]], rate: float, device: torch.device) 
     return optimizer
 
 
-def _not_a_number(step: int, loss: float) -> JobFailed:
+def _not_a_number(what: str, step: int) -> JobFailed:
     return JobFailed(
-        f"The loss became {loss} at step {step}.",
+        f"The {what} stopped being a number at step {step}.",
         code="nan",
-        why="Weights or activations overflowed.",
+        why="Weights, activations or gradients overflowed.",
         fix="Lower train.learning_rate, or set train.dtype to bfloat16 or float32.",
         where=f"step {step}",
     )

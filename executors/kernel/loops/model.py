@@ -83,6 +83,11 @@ class Net:
         """What is trained, by name, in the model's order; a tied weight comes once."""
         return ((name, item) for name, item in self.outer.named_parameters() if item.requires_grad)
 
+    def finite(self) -> bool:
+        """Whether every trained weight is a number. Waits for the device."""
+        norms = torch._foreach_norm([item.detach() for _, item in self.trainable()], torch.inf)
+        return bool(torch.isfinite(torch.stack(norms)).all())
+
     def save(self, folder: Path) -> None:
         """Write the adapter as peft does, or the whole model as transformers does."""
         if self.adapted:
@@ -167,7 +172,11 @@ def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
         fused = adapter.fuse(outer) > 0
     outer.to(device)
     if train.activation_checkpointing is True:
-        outer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        how = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        else:  # transformers before 5.20
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     outer.train()
     return Net(outer, adapted=not full, device=device, autocast=None if fused else half)
 

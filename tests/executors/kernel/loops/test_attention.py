@@ -1,0 +1,112 @@
+"""Packed attention is exact, and the self-test sees when it is not."""
+
+import itertools
+
+import pytest
+import torch
+
+from tunesmith.executors.kernel.loops import attention, selftest
+from tunesmith.executors.kernel.loops.batches import packed, padded
+
+
+def logits_of(net, batches):
+    return {row: piece for batch in batches for row, piece in zip(batch.rows, per_row(net, batch), strict=True)}
+
+
+def per_row(net, batch):
+    with torch.no_grad():
+        logits = net.logits(batch)
+    sizes, width = [], batch.ids.shape[1]
+    if batch.documents is None:
+        sizes = [int(((batch.picks // width) == at).sum()) for at in range(len(batch.rows))]
+    else:
+        edges = batch.bounds.tolist()
+        sizes = [int(((batch.picks >= a) & (batch.picks < b)).sum()) for a, b in itertools.pairwise(edges)]
+    return torch.split(logits, sizes)
+
+
+@pytest.mark.parametrize(
+    "family, more",
+    [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 6}), ("llama", {"num_key_value_heads": 4})],
+)
+def test_packed_equals_one_row_at_a_time(family, more, make_net, make_spec, make_rows):
+    net = make_net(make_spec(), family, **more)
+    net.outer.eval()
+    rows = make_rows(7)
+    single = logits_of(net, [batch for row in rows for batch in padded([row], 1, 0)])
+    for other in (logits_of(net, packed(rows, 60)), logits_of(net, padded(rows, 3, 0))):
+        assert other.keys() == single.keys()
+        for row, logits in single.items():
+            assert (logits - other[row]).abs().max() < 1e-5
+
+
+def test_selftest_accepts_what_is_exact(make_net, make_spec, make_rows):
+    net = make_net(make_spec())
+    verdict = selftest.check(net, make_rows(6), pad_id=0)
+    assert verdict.problems == ()
+    assert verdict.packing < 1e-5
+    assert verdict.head < 1e-5
+    assert net.packed
+    assert net.chunked
+    assert net.outer.training
+
+
+def test_selftest_sees_rows_that_look_at_each_other(make_net, make_spec, make_rows, monkeypatch):
+    net = make_net(make_spec())
+    exact = attention._per_document
+
+    def leaking(query, key, value, documents, scale, window):
+        return exact(query, key, value, (sum(documents),), scale, window)
+
+    monkeypatch.setattr(attention, "_per_document", leaking)
+    verdict = selftest.check(net, make_rows(6), pad_id=0)
+    assert not net.packed
+    assert net.chunked
+    assert verdict.packing > 1e-2
+    assert "packed rows differ" in verdict.problems[0]
+
+
+def test_selftest_sees_a_model_that_cannot_pack(make_net, make_spec, make_rows, monkeypatch):
+    net = make_net(make_spec())
+
+    def refusing(*args):
+        raise NotImplementedError("a soft cap")
+
+    monkeypatch.setattr(attention, "_per_document", refusing)
+    verdict = selftest.check(net, make_rows(6), pad_id=0)
+    assert not net.packed
+    assert "does not run on this model" in verdict.problems[0]
+
+
+def test_selftest_sees_a_head_that_does_more_than_multiply(make_net, make_spec, make_rows):
+    net = make_net(make_spec())
+    usual = net.causal.forward
+
+    def capped(*args, **kwargs):
+        out = usual(*args, **kwargs)
+        out.logits = 3 * torch.tanh(out.logits / 3)
+        return out
+
+    net.causal.forward = capped
+    verdict = selftest.check(net, make_rows(6), pad_id=0)
+    assert not net.chunked
+    assert net.packed
+    assert "head" in verdict.problems[0]
+
+
+@pytest.mark.parametrize("kwargs", [{"softcap": 3.0}, {"s_aux": 1}, {"documents": None}, {"dropout": 0.1}])
+def test_what_is_not_exact_is_refused(kwargs):
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(NotImplementedError):
+        attention.packed_attention(torch.nn.Identity(), q, q, q, None, **{"documents": (4,), **kwargs})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention runs on CUDA only")
+def test_varlen_equals_per_document():
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, h, 90, 64, generator=draw, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+    bounds = torch.tensor([0, 20, 51, 90], dtype=torch.int32, device="cuda")
+    for window in (None, 8):
+        fast = attention._varlen(q, k, v, bounds, 39, None, window)
+        slow = attention._per_document(q, k, v, (20, 31, 39), None, window)
+        assert (fast - slow).abs().max() < 2e-2

@@ -1,0 +1,69 @@
+"""The chunked loss against torch's own."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tunesmith.executors.kernel.loops import loss
+
+
+@pytest.fixture
+def tensors():
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 12, generator=draw, requires_grad=True)
+    weight = torch.randn(31, 12, generator=draw, requires_grad=True)
+    return hidden, weight, torch.randint(0, 31, (50,), generator=draw)
+
+
+@pytest.mark.parametrize("chunk", [16, 20, 1000])
+def test_value_and_gradients_equal_the_plain_head(tensors, chunk, monkeypatch):
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk * 31)
+    hidden, weight, targets = tensors
+    plain = cross_entropy(hidden @ weight.t(), targets, reduction="sum") / 7
+    wanted = torch.autograd.grad(plain, (hidden, weight))
+    ours = loss.chunked_loss(hidden, weight, targets) / 7
+    found = torch.autograd.grad(ours, (hidden, weight))
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient(tensors):
+    hidden, weight, targets = tensors
+    loss.chunked_loss(hidden, weight.detach(), targets).backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_bfloat16_keeps_its_type_and_sums_in_float32(tensors):
+    hidden, weight, targets = tensors
+    half = hidden.detach().bfloat16().requires_grad_()
+    ours = loss.chunked_loss(half, weight.detach().bfloat16(), targets)
+    ours.backward()
+    plain = cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    assert ours.dtype == torch.float32
+    assert half.grad.dtype == torch.bfloat16
+    assert ours.item() == pytest.approx(plain.item(), rel=2e-2)
+
+
+def test_without_gradients_none_are_made(tensors, monkeypatch):
+    hidden, weight, targets = tensors
+    with torch.no_grad():
+        value = loss.chunked_loss(hidden, weight, targets)
+    assert not value.requires_grad
+    assert value.item() == pytest.approx(cross_entropy(hidden @ weight.t(), targets, reduction="sum").item(), rel=1e-6)
+
+
+def test_logits_far_out_stay_finite():
+    hidden = torch.tensor([[1000.0, -1000.0]], requires_grad=True)
+    value = loss.chunked_loss(hidden, torch.eye(2), torch.tensor([1]))
+    value.backward()
+    assert value.item() == pytest.approx(2000.0)
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_only_a_bare_matrix_is_a_plain_head():
+    assert loss.plain_head(torch.nn.Linear(2, 3, bias=False))
+    assert not loss.plain_head(torch.nn.Linear(2, 3, bias=True))
+    assert not loss.plain_head(torch.nn.Sequential())
+    assert not loss.plain_head(None)
