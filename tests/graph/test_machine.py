@@ -511,7 +511,7 @@ def _unknown_node(path):
     [_garbage, _torn, _empty, _foreign_schema, _corrupt_blobs, _foreign_state, _a_folder, _a_link, _unknown_node],
     ids=lambda harm: harm.__name__.strip("_"),
 )
-@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize("stop", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_graph_db_that_cannot_be_read_never_loses_a_job(drive, store, vague, harm, stop):
     seen = iter(range(3))
 
