@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
-import re
-import select
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tunesmith.executors.local import manifest, procfs, shim, tail
-from tunesmith.executors.local.folder import Folder, storage_error
-from tunesmith.orchestrator.errors import BackendUnavailable, Conflict, NotReady, StorageError, TunesmithError
+from tunesmith.executors.local.ending import Ending, exit_record, lost
+from tunesmith.executors.local.folder import Folder
+from tunesmith.executors.local.launch import launch, slow
+from tunesmith.orchestrator.errors import BackendUnavailable, Conflict, NotReady, StorageError
 from tunesmith.orchestrator.nouns import SCHEMA_VERSION, Attempt, Device, plain
 from tunesmith.orchestrator.ports import Artifact, Dead, Handle, Observation, Signal
 from tunesmith.orchestrator.states import AttemptState
 
 _A = AttemptState
 _ALIVE = {"starting": _A.STARTING, "running": _A.RUNNING}
-_LOCK_FD = 3
-
-# Variables that look like secrets stay with the daemon. The Hub's token goes along: gated models and data need it.
-_SECRET = re.compile(
-    r"(?i)(^|_)(token|secrets?|password|passwd|credentials?|api_?key|access_?key|private_?key|key_id|key)($|_)"
-    r"|^(langsmith|langchain|wandb)_|(?i:connection_string$|database_url$)"
-)
-_HUB = frozenset({"HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"})
-
-
-def environment(home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What a kernel sees: the daemon's environment less its secrets, with the home and quiet libraries.
-
-    The Hub's token stays (HF_TOKEN and its kin); thread settings (OMP_NUM_THREADS...) and proxies are untouched.
-    Output is unbuffered, so that the last line before a crash is in the log.
-    """
-    kept = {name: value for name, value in inherited.items() if name in _HUB or not _SECRET.search(name)}
-    kept.pop("TUNESMITH_ATTEMPT", None)  # of an attempt that the daemon itself was started from
-    return {
-        **kept,
-        "TUNESMITH_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How an attempt ended: its exit record, or None for a lost one (`why` says what is known)."""
-
-    record: Mapping[str, Any] | None
-    why: str = ""
 
 
 class LocalExecutor:
@@ -120,74 +83,13 @@ class LocalExecutor:
                     self._check_key(folder, handle)
                     return handle
                 if time.monotonic() > until:
-                    raise self._slow()
+                    raise slow()
                 time.sleep(0.005)
 
     def _start(self, folder: Folder, lock: int, until: float) -> None:
-        """Spawn the shim, lock in hand, and wait for its word."""
-        said, say = os.pipe()
-        descriptors = [_high(say), _high(lock)]
-        os.close(say)
-        program = [sys.executable, "-I", "-S", shim.__file__, str(folder.path), "--lock", str(_LOCK_FD)]
-        try:
-            pid = os.posix_spawn(
-                sys.executable,
-                [*program, "--grace", str(self.grace_seconds), "--", *self.command, str(folder.path)],
-                environment(self.home, os.environ),
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, descriptors[0], 1),
-                    (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, descriptors[1], _LOCK_FD),
-                ],
-                setsid=True,
-                setsigmask=(),
-                setsigdef=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGQUIT),
-            )
-        except OSError as error:
-            os.close(said)
-            raise BackendUnavailable(
-                "The attempt could not be started on this machine.",
-                why=f"The system says: {error.strerror}.",
-                fix="Are there processes and memory to spare?",
-                code="local.spawn",
-            ) from error
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self._shims.add(pid)
-        try:
-            self._heed(folder, said, until)
-        finally:
-            os.close(said)
-
-    def _heed(self, folder: Folder, said: int, until: float) -> None:
-        """Wait for the shim's line and raise what it says; silence until the end of the pipe means that it died."""
-        line = b""
-        while not line.endswith(b"\n"):
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([said], [], [], left)[0]:
-                raise self._slow()
-            part = os.read(said, 65536)
-            if not part:
-                raise BackendUnavailable(
-                    "The attempt's shim ended before it could start the kernel.",
-                    fix="Ask again; see the log in the attempt's folder.",
-                    code="local.spawn",
-                    where=str(folder.path),
-                )
-            line += part
-        word = json.loads(line)
-        if "error" in word:
-            raise storage_error(word["errno"], word["error"], folder.path)
-
-    def _slow(self) -> BackendUnavailable:
-        return BackendUnavailable(
-            f"The attempt has not started within {self.start_seconds:g} seconds.",
-            why="The machine or its disk is busy; it may still start.",
-            fix="Ask again: it is never started twice.",
-            code="local.slow_start",
-        )
+        pending = launch(folder, lock, self.command, home=self.home, grace=self.grace_seconds, until=until)
+        self._shims.add(pending.pid)
+        pending.heed()
 
     # --- follow --------------------------------------------------------------------------------------------------
 
@@ -200,9 +102,14 @@ class LocalExecutor:
         at = tail.Cursor.parse(cursor)
         with self._open(handle) as folder:
             if folder is None:
+                if not (self.home / "jobs").is_dir():
+                    raise BackendUnavailable(
+                        f"{self.home} is not there.", why="Its disk may not be mounted.", code="local.home"
+                    )
                 if procfs.sweep(self._cookie(handle)) or procfs.leaving():
                     return Observation(state=_A.UNKNOWN, events=(), cursor=str(at))
-                return _lost(at, (), "The attempt's folder is gone.")
+                error = lost("The attempt's folder is gone.").to_doc()
+                return Observation(state=_A.LOST, events=(), cursor=str(at), error=error)
             ending = self._ending(folder, handle)
             batch = tail.read_on(folder, at, handle.number, ended=ending is not None)
             if ending is None or not batch.drained:
@@ -210,25 +117,21 @@ class LocalExecutor:
                 if not batch.cursor.state:
                     state = _A.STARTING if folder.has("started") else _A.SUBMITTED
                 return Observation(state=state, events=batch.events, cursor=str(batch.cursor))
-            if ending.record is None:
-                return _lost(batch.cursor, batch.events, ending.why)
-            state = _end_state(ending.record)
-            error = self._error(folder, handle, ending.record) if state is _A.FAILED else None
             return Observation(
-                state=state,
+                state=ending.state,
                 events=batch.events,
                 cursor=str(batch.cursor),
-                exit_code=ending.record["code"],
-                error=error,
+                exit_code=ending.exit_code,
+                error=ending.error(folder, handle.number),
             )
 
     def _ending(self, folder: Folder, handle: Handle) -> Ending | None:
         """How the attempt ended; None while anything of it may still write."""
-        record = _exit_record(folder)
+        record = exit_record(folder)
         if record is None:
             if folder.locked:
                 return None
-            record = _exit_record(folder)  # the shim writes it before it lets go
+            record = exit_record(folder)  # the shim writes it before it lets go
         if record is not None:
             return Ending(record)
         started = folder.read("started")
@@ -241,16 +144,6 @@ class LocalExecutor:
             return Ending(None, "The machine was started anew while it ran.")
         return Ending(None, "Its shim was killed, and the kernel died with it.")
 
-    def _error(self, folder: Folder, handle: Handle, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What went wrong: the kernel's own word where it had one, else what the end record tells."""
-        if record.get("reason") == "deadline":
-            return _deadline().to_doc()
-        event = tail.last_state(folder, handle.number)
-        said = event.values.get("error") if event and tail.state_of(event) == "failed" else None
-        if isinstance(said, Mapping):
-            return said
-        return _killed(record).to_doc() if record.get("signal") else _broken(record, folder.path).to_doc()
-
     # --- steer and end -------------------------------------------------------------------------------------------
 
     def signal(self, handle: Handle, what: Signal) -> None:
@@ -259,7 +152,7 @@ class LocalExecutor:
         Nothing happens where the attempt has ended; before its start, a stop keeps it from starting.
         """
         with self._open(handle) as folder:
-            if folder is None or _exit_record(folder) is not None:
+            if folder is None or exit_record(folder) is not None:
                 return
             with folder.held():
                 try:
@@ -291,14 +184,20 @@ class LocalExecutor:
             shepherd = procfs.Process.recorded(started, "shim") if started else None
             if shepherd is not None and shepherd.send(signal.SIGTERM):
                 return
-            if refused is not None and _exit_record(folder) is None:
+            if refused is not None and exit_record(folder) is None:
                 raise refused
 
     def prove_dead(self, handle: Handle) -> Dead:
-        """Yes where the lock is free and no process carries the attempt's cookie; a missing folder proves nothing."""
+        """Yes where the lock is free and no process carries the attempt's cookie.
+
+        A folder that was removed cannot be locked, and the cookie alone must do; a home that is not there (a disk not
+        mounted) proves nothing.
+        """
         with self._open(handle) as folder:
             if folder is None:
-                return "no" if procfs.carriers(self._cookie(handle)) else "unknown"
+                if procfs.carriers(self._cookie(handle)) or procfs.leaving():
+                    return "no"
+                return "yes" if procfs.LINUX and (self.home / "jobs").is_dir() else "unknown"
             if folder.locked:
                 return "no"
             started = folder.read("started")
@@ -313,7 +212,7 @@ class LocalExecutor:
             if folder is None:
                 path = self.home / "jobs" / handle.job / "attempts" / str(handle.number)
                 raise StorageError(f"{path} is gone.", why="The results were in it.", code="artifacts.missing")
-            if _exit_record(folder) is None:
+            if exit_record(folder) is None:
                 raise NotReady("The attempt has not ended, so it has no results yet.", code="attempt.not_ended")
             return manifest.verified(folder, number=handle.number, spec=handle.key.rpartition(":")[2])
 
@@ -352,81 +251,6 @@ class LocalExecutor:
             self._shims.discard(pid)
 
 
-def _high(descriptor: int) -> int:
-    """A copy above the numbers that the shim is given, so that no copy overwrites another."""
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
-
-
 def _key(folder: Folder) -> str | None:
     document = folder.read("attempt.json")
     return None if document is None else str(document.get("key"))
-
-
-def _exit_record(folder: Folder) -> dict[str, Any] | None:
-    """The end record; None where there is none, or none that can be believed: that is a loss, never a success."""
-    try:
-        record = folder.read("exit")
-    except StorageError as error:
-        if error.code != "storage.damaged":
-            raise
-        return None
-    return record if record is not None and type(record.get("code")) is int else None
-
-
-def _end_state(record: Mapping[str, Any]) -> AttemptState:
-    """The end that a record tells: a result is a result, even where a stop or the deadline came in between."""
-    if record["code"] == 0:
-        return _A.SUCCEEDED
-    if record.get("reason") == "cancelled":
-        return _A.CANCELLED
-    if record.get("reason") == "deadline":
-        return _A.FAILED
-    return _A.CANCELLED if record["code"] == shim.TOLD_TO else _A.FAILED
-
-
-def _lost(cursor: tail.Cursor, events: tuple[Any, ...], why: str) -> Observation:
-    error = TunesmithError(
-        "The attempt is lost: it ended without a record.",
-        why=why,
-        fix="Retry the job: it goes on from its last good checkpoint.",
-        code="attempt.lost",
-    )
-    return Observation(state=_A.LOST, events=events, cursor=str(cursor), error=error.to_doc())
-
-
-def _deadline() -> TunesmithError:
-    return TunesmithError(
-        "The attempt was ended because its time was up.",
-        why="limits.hours caps how long it may run.",
-        fix="Raise limits.hours and retry: it goes on from its last checkpoint.",
-        code="attempt.deadline",
-    )
-
-
-def _killed(record: Mapping[str, Any]) -> TunesmithError:
-    number = record["signal"]
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    if number == signal.SIGKILL and record.get("oom_kills"):
-        return TunesmithError(
-            "The kernel was killed because the machine ran out of memory.",
-            why="It ended by SIGKILL, and the system's out-of-memory killer struck while it ran.",
-            fix="Make it smaller (micro-batch, sequence length, adapter), or free memory.",
-            code="memory.host",
-        )
-    why, fix = f"It ended by {name}.", "See the log."
-    if number == signal.SIGKILL:
-        why = "It ended by SIGKILL: somebody killed it, or the machine ran out of memory."
-        fix = "See the system's log for an out-of-memory kill, then retry: it goes on from its last checkpoint."
-    return TunesmithError("The kernel was killed.", why=why, fix=fix, code="killed")
-
-
-def _broken(record: Mapping[str, Any], path: Path) -> TunesmithError:
-    return TunesmithError(
-        f"The kernel ended with exit code {record['code']} and did not say why.",
-        fix=f"See {path / 'log'}.",
-        code="kernel.exit",
-        where=str(path / "log"),
-    )

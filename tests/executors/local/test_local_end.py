@@ -13,6 +13,7 @@ import pytest
 
 from tunesmith.executors.local import procfs, shim
 from tunesmith.executors.local.folder import Folder
+from tunesmith.orchestrator.errors import BackendUnavailable, StorageError
 from tunesmith.orchestrator.states import AttemptState
 
 
@@ -242,7 +243,7 @@ def test_a_hundred_pids_used_again_are_strangers(yard):
     _reuse_pids(yard, 100)
 
 
-def test_a_folder_that_is_gone_proves_nothing_and_loses_the_attempt(yard, alive):
+def test_a_folder_that_is_gone_loses_the_attempt(yard, alive):
     handle = yard.submit("tree")
     relatives = yard.family(2)
     yard.folder().rename(yard.home / "elsewhere")
@@ -250,7 +251,20 @@ def test_a_folder_that_is_gone_proves_nothing_and_loses_the_attempt(yard, alive)
     assert yard.executor.observe(handle, "").state is AttemptState.UNKNOWN
     assert yard.end(handle).state is AttemptState.LOST
     assert not any(map(alive, relatives))
-    assert yard.executor.prove_dead(handle) == "unknown"
+    yard.until(lambda: yard.executor.prove_dead(handle) == "yes")
+    with pytest.raises(StorageError) as caught:
+        yard.executor.collect(handle)
+    assert caught.value.code == "artifacts.missing"
+
+
+def test_a_home_that_is_gone_proves_nothing(yard):
+    handle = yard.submit("ok")
+    yard.end(handle)
+    yard.until(lambda: yard.executor.prove_dead(handle) == "yes")
+    yard.home.rename(yard.home.with_name("unmounted"))
+    yard.until(lambda: yard.executor.prove_dead(handle) == "unknown")
+    with pytest.raises(BackendUnavailable):
+        yard.executor.observe(handle, "")
 
 
 def test_an_exit_record_that_cannot_be_read_is_never_a_success(yard):

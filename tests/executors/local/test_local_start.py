@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tunesmith.executors.local import procfs, shim
-from tunesmith.executors.local.executor import environment
 from tunesmith.executors.local.folder import Folder
+from tunesmith.executors.local.launch import environment
 from tunesmith.orchestrator.errors import Conflict, InputError, StorageError
 from tunesmith.orchestrator.nouns import Attempt, build
 from tunesmith.orchestrator.ports import Handle
