@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,9 @@ class Daemon:
     What a job does is told by its name (see small_kernel.py): "ok 3", "nap 0.5", "wait 60", "deaf", "fail", "die".
     """
 
+    make_plan = staticmethod(make_plan)
+    poll = staticmethod(poll)
+
     def __init__(self, home: Home, site: Path) -> None:
         self.home = home
         self.site = site
@@ -164,10 +168,12 @@ class Daemon:
     def answers(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, self.said()
-        try:
-            return self.get("/health")["pid"] == self.process.pid
-        except (httpx.TransportError, OSError):
-            return False
+        with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaves its socket open where nobody listens
+            try:
+                probe.connect(self.home.address)
+            except OSError:
+                return False
+        return bool(self.get("/health")["pid"] == self.process.pid)
 
     def said(self) -> str:
         return self.home.path.parent.joinpath("daemon.out").read_text()
@@ -255,20 +261,36 @@ def deliver(port: Any, job: str) -> None:
 @pytest.fixture
 def driver_place(home: Home) -> Iterator[None]:
     """Hold driver.lock, so that the daemon leaves driving to the test."""
-    with home.driver_lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    descriptor = os.open(home.driver_lock, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
 
 
 @pytest.fixture
 def daemon(home: Home, driver_place: None, tmp_path: Path) -> Iterator[Daemon]:
-    made = Daemon(home, tmp_path / "site")
-    made.start()
-    yield made
-    if made.process is not None and made.process.poll() is None:
-        made.end(signal.SIGKILL)
-    for started in home.jobs.glob("*/attempts/*/started"):
-        found = json.loads(started.read_text())
-        pid = found["shim_pid"]
-        if (processes.identity(pid) or "").endswith(f":{found['shim_ticks']}"):
-            os.kill(pid, signal.SIGKILL)
+    with serving(home, tmp_path / "site") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon for a module's tests that store nothing."""
+    place = tmp_path_factory.mktemp("idle")
+    with serving(Home(place / "home").make(), place / "site") as made:
+        yield made
+
+
+@contextlib.contextmanager
+def serving(home: Home, site: Path) -> Iterator[Daemon]:
+    """A daemon; afterwards neither it nor anything that it started is left."""
+    made = Daemon(home, site)
+    try:
+        yield made.start()
+    finally:
+        if made.process is not None and made.process.poll() is None:
+            made.end(signal.SIGKILL)
+        for started in home.jobs.glob("*/attempts/*/started"):
+            found = json.loads(started.read_text())
+            if (processes.identity(found["shim_pid"]) or "").endswith(f":{found['shim_ticks']}"):
+                os.kill(found["shim_pid"], signal.SIGKILL)
