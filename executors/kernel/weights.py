@@ -168,7 +168,7 @@ def download(id: str, revision: str | None, progress: Progress) -> Path:
     try:
         info = HfApi().model_info(id, revision=revision, timeout=10, files_metadata=True)
         files = {item.rfilename: item.size or 0 for item in info.siblings or () if _wanted(item.rfilename)}
-        if not any(name.endswith(".safetensors") for name in files):
+        if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
             names = [item.rfilename for item in info.siblings or ()]
             raise _no_safetensors(id, any(fnmatch(name, form) for name in names for form in _PICKLES))
         done, total, folder = 0, sum(files.values()), None
@@ -178,6 +178,7 @@ def download(id: str, revision: str | None, progress: Progress) -> Path:
             folder = folder or path.parent
             done += files[name]
             progress("download", done, total)
+        hf_hub_download(id, "config.json", revision=revision or "main")  # notes which commit that name is
     except (InputError, KeyboardInterrupt):
         raise
     except GatedRepoError:
@@ -253,7 +254,11 @@ def from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
             part = folder.with_name(f"{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            convert.convert(header, part, progress)
+            try:
+                convert.convert(header, part, progress)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
             for file in part.iterdir():
                 _sync(file)
             _sync(part)

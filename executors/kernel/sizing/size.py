@@ -58,13 +58,12 @@ _SAVED: dict[tuple[str, int], tuple[int, int, int, int, int]] = {
     ("none", 4): (24, 16, 12, 8, 0),
     ("none", 2): (26, 8, 6, 4, 0),
 }
-_SAVED_QK_NORM = {("none", 4): 8, ("none", 2): 8}  # for each unit of query and key width; 4 with an adapter
+_SAVED_QK_NORM = {("none", 4): 8, ("none", 2): 6}  # for each unit of query and key width; 4 with an adapter
 _COPIES = {
     ("dora", 4): 6.5,
     ("dora", 2): 3.7,
     ("none", 2): 2.0,
 }  # bytes for each parameter of the blocks, until backward
-_BESIDE = {"none": 26}  # bytes a token and hidden unit beside the blocks: last norm, gradients; 22 with an adapter
 _EAGER = {"gemma2": 8}  # attention that holds its scores: bytes for each head and pair of positions
 
 
@@ -78,11 +77,21 @@ def saved_per_token(layout: Layout) -> int:
     total += query * wide + narrow * thin + rank * layout.rank * len(layout.targets) + 4 * facts.heads + 8
     if facts.norms > 2:
         total += (16 if full else 8) * facts.hidden + 8
+        total += 2 * (wide + thin) if key == ("none", 2) else 0
     if facts.qk_norm:
         total += _SAVED_QK_NORM.get(key, 4) * (wide + thin) + 4 * (facts.heads + facts.kv_heads)
     if facts.model_type == "phi3":  # query, key and value are copied out of one product
-        total += width * (wide + thin)
+        total += width * (wide + thin) - (6 * facts.hidden if key in (("dora", 2), ("none", 2)) else 0)
     return total + _EAGER.get(facts.model_type, 0) * facts.heads * layout.longest
+
+
+def beside_per_token(layout: Layout) -> int:
+    """Bytes a token needs beside what is saved: the gradients of one block, or the last norm and the head's input."""
+    facts, full = layout.facts, layout.kind == "none"
+    block = 2 * BYTES[layout.dtype] * facts.intermediate * max(1, facts.experts_used) + 4 * facts.hidden
+    if layout.checkpointing:
+        return block
+    return max(block + (4 * facts.hidden if full else 0), (26 if full else 21) * facts.hidden)
 
 
 def _key(layout: Layout) -> tuple[str, int]:
@@ -114,7 +123,7 @@ def parts(layout: Layout) -> dict[str, int]:
     kept = (
         facts.layers * (4 if full else width) * facts.hidden + saved if layout.checkpointing else facts.layers * saved
     )
-    activations = layout.tokens * (kept + _BESIDE.get(layout.kind, 22) * facts.hidden)
+    activations = layout.tokens * (kept + beside_per_token(layout))
     activations += round(_COPIES.get(key, 0) * blocks / (facts.layers if layout.checkpointing else 1))
     if layout.kind == "qlora":  # one dequantised layer at a time
         activations += width * max(inputs * outputs for inputs, outputs in facts.linears.values())

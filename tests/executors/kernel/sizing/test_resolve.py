@@ -1,0 +1,273 @@
+"""Fitting: no auto is left, what the user set stays, and what cannot fit says what would."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.executors.kernel.catalogue import find, known
+from tunesmith.executors.kernel.sizing import resolve
+from tunesmith.executors.kernel.sizing.size import GIB
+from tunesmith.orchestrator.errors import InputError
+from tunesmith.orchestrator.nouns import (
+    AdapterSpec,
+    DpoSpec,
+    EvalSpec,
+    GrpoSpec,
+    JobSpec,
+    Limits,
+    ModelRef,
+    TrainSpec,
+    build,
+    plain,
+)
+
+
+def codes(findings, level=None):
+    return {item.code for item in findings if level in (None, item.level)}
+
+
+# --- whole plans ---------------------------------------------------------------------------------------------------
+
+
+def test_a_small_job_on_a_cpu(make):
+    spec, size, time, resolved, findings = resolve(
+        make.spec(), find("smollm2-135m"), make.report(rows=400, held=20), make.cpu()
+    )
+    assert size.fits
+    assert (size.params, size.rank, size.quantization) == (134_515_008, 16, None)
+    assert spec.adapter.kind == "lora"
+    assert spec.adapter.targets == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert spec.train.packing is True
+    assert spec.train.dtype == "float32"
+    assert spec.train.max_length == 640  # the longest row, rounded up
+    assert size.peak_bytes.expected < 4 * GIB
+    assert time.seconds.low < time.seconds.expected < time.seconds.high
+    assert not findings
+    assert all(item.why for item in resolved)
+
+
+def test_no_auto_is_left_and_each_is_explained(make):
+    auto = make.spec()
+    spec, *_, resolved, _ = resolve(auto, find("qwen3-0.6b"), make.report(), make.gpu("h100"))
+    left = [
+        item.name for part in (spec.adapter, spec.train) for item in fields(part) if getattr(part, item.name) == "auto"
+    ]
+    assert left == []
+    expected = {
+        f"{name}.{item.name}"
+        for name, part in (("adapter", auto.adapter), ("train", auto.train))
+        for item in fields(part)
+        if getattr(part, item.name) == "auto"
+    }
+    assert {item.key for item in resolved} == expected
+    assert len(resolved) == len(expected)
+    for item in resolved:
+        section, name = item.key.split(".")
+        assert getattr(getattr(spec, section), name) == item.value
+    assert build(JobSpec, plain(spec)) == spec  # plain data all through
+
+
+def test_unread_data_still_gives_a_size(make):
+    spec, size, time, _, findings = resolve(make.spec(), find("qwen3-0.6b"), make.unread(), make.gpu("t4"))
+    assert size.fits
+    assert time is None
+    assert codes(findings) == {"size.assumed"}
+    assert spec.train.max_length == 2048
+    assert isinstance(spec.train.warmup_steps, int)
+    steps = resolve(make.spec(train=TrainSpec(max_steps=50)), find("qwen3-0.6b"), make.unread(), make.gpu("t4"))
+    assert steps[2] is not None  # so many steps take so long, roughly
+
+
+def test_an_unknown_model_names_its_neighbours(make):
+    with pytest.raises(InputError) as error:
+        resolve(replace(make.spec(), model=ModelRef(id="qwen3-0.7b")), None, make.report(), make.cpu())
+    assert error.value.code == "model.unknown"
+    assert "Qwen/Qwen3-0.6B" in error.value.fix
+
+
+def test_steps_and_what_follows_from_them(make):
+    spec, *_ = resolve(
+        make.spec(train=TrainSpec(epochs=3.0, effective_batch=8)), find("qwen3-0.6b"), make.report(1000, held=50),
+        make.gpu("h100"),
+    )  # fmt: skip
+    total = math.ceil(950 / 8) * 3
+    assert spec.train.warmup_steps == math.ceil(0.05 * total)
+    assert 0 < spec.train.save_steps <= math.ceil(total / 10)
+    assert spec.train.eval_steps == math.ceil(total / 5)
+
+
+def test_separate_evaluation_data_takes_nothing_from_training(make):
+    report = make.report(800, held=200)
+    for source, steps in ((None, 600 / 8), ("eval.jsonl", 800 / 8)):
+        task = make.spec(train=TrainSpec(effective_batch=8), eval=EvalSpec(source=source))
+        spec, *_ = resolve(task, find("qwen3-0.6b"), report, make.gpu("h100"))
+        assert spec.train.eval_steps == math.ceil(steps / 5)
+
+
+# --- the knobs -----------------------------------------------------------------------------------------------------
+
+
+def test_checkpointing_only_where_it_does_not_fit_without(make):
+    report = make.report(p95=1800, most=4000)
+    roomy = resolve(make.spec(), find("llama-3.1-8b"), report, make.gpu("h100"))[1]
+    tight = resolve(make.spec(), find("llama-3.1-8b"), report, make.gpu("l40s", 24))[1]
+    assert (roomy.fits, roomy.activation_checkpointing) == (True, False)
+    assert (tight.fits, tight.activation_checkpointing) == (True, True)
+
+
+def test_a_model_too_large_says_what_would_fit(make):
+    _, size, _, _, findings = resolve(make.spec(), find("llama-3.1-8b"), make.report(), make.gpu("rtx3060"))
+    (finding,) = [item for item in findings if item.level == "error"]
+    assert not size.fits
+    assert finding.code == "size.does_not_fit"
+    assert "12.0 GiB" in finding.message
+    assert "meta-llama/Llama-3.2-3B" in finding.fix
+    assert "a device with" in finding.fix
+
+
+def test_what_would_fit_does_fit(make):
+    report, card = make.report(p95=1500, most=3000), make.gpu("l40s", 24)
+    task = make.spec(train=TrainSpec(micro_batch=16, effective_batch=16, activation_checkpointing=False))
+    _, size, _, _, findings = resolve(task, find("llama-3.1-8b"), report, card)
+    assert not size.fits
+    (finding,) = findings
+    assert finding.fix.startswith(
+        "This would fit: train.micro_batch=1 (same result) with train.activation_checkpointing=true"
+    )
+    better = make.spec(train=TrainSpec(micro_batch=1, activation_checkpointing=True))
+    assert resolve(better, find("llama-3.1-8b"), report, card)[1].fits
+    need = int(finding.fix.rsplit("a device with ", 1)[1].split()[0])
+    assert resolve(task, find("llama-3.1-8b"), report, make.gpu("l40s", need))[1].fits
+
+
+def test_full_training_that_does_not_fit_offers_an_adapter(make):
+    task = make.spec(adapter=AdapterSpec(kind="none"))
+    _, size, _, _, findings = resolve(task, find("qwen3-1.7b"), make.report(), make.gpu("rtx3060"))
+    assert not size.fits
+    assert size.rank is None
+    assert "adapter.kind=lora" in findings[0].fix
+
+
+def test_a_memory_cap_is_kept(make):
+    task = make.spec(limits=Limits(memory_gb=2.0))
+    _, size, _, _, findings = resolve(task, find("smollm2-135m"), make.report(), make.cpu(64))
+    assert size.device_bytes == 2 * GIB
+    assert size.fits
+    assert size.peak_bytes.high <= 2 * GIB
+    small = make.spec(limits=Limits(memory_gb=0.5))
+    _, size, _, _, findings = resolve(small, find("smollm2-135m"), make.report(), make.cpu(64))
+    assert not size.fits
+    assert findings[0].where == "limits.memory_gb"
+
+
+@pytest.mark.parametrize("adapter, train, code", [
+    (AdapterSpec(kind="qlora"), TrainSpec(), "adapter.unavailable"),
+    (AdapterSpec(), TrainSpec(optimizer="adamw-8bit"), "train.unavailable"),
+])  # fmt: skip
+def test_what_the_kernel_cannot_do_yet_is_an_error_before_the_run(make, adapter, train, code):
+    *_, findings = resolve(make.spec(adapter=adapter, train=train), find("qwen3-0.6b"), make.report(), make.gpu("h100"))
+    assert codes(findings, "error") == {code}
+
+
+def test_warnings(make):
+    facts, report = find("Qwen/Qwen2.5-Math-1.5B"), make.report(most=9000)
+    *_, findings = resolve(make.spec(train=TrainSpec(max_length=8192)), facts, report, make.gpu("h100"))
+    assert codes(findings) == {"train.beyond_context"}
+    spec, *_, findings = resolve(make.spec(), facts, report, make.gpu("h100"))
+    assert codes(findings) == {"train.rows_too_long"}
+    assert spec.train.max_length == 1600  # four times what 95 % of rows have
+    *_, findings = resolve(
+        make.spec(train=TrainSpec(micro_batch=64, effective_batch=8)), facts, make.report(), make.gpu("h100")
+    )
+    assert codes(findings) == {"train.micro_batch_unused"}
+    wrong = AdapterSpec(targets=("query_key_value",))
+    *_, findings = resolve(make.spec(adapter=wrong), facts, make.report(), make.gpu("h100"))
+    assert codes(findings) == {"adapter.targets_unknown"}
+
+
+@pytest.mark.parametrize(
+    "method, extra", [("dpo", {"dpo": DpoSpec()}), ("grpo", {"grpo": GrpoSpec(max_completion=512)})]
+)
+def test_other_methods_need_more(make, method, extra):
+    train = TrainSpec(micro_batch=4, packing=False)
+    facts, report, card = find("qwen3-0.6b"), make.report(), make.gpu("h100")
+    plain_size = resolve(make.spec(train=train), facts, report, card)[1]
+    spec, size, _, _, _ = resolve(make.spec(train=train, method=method, **extra), facts, report, card)
+    assert size.peak_bytes.expected > plain_size.peak_bytes.expected
+    assert spec.train.learning_rate < 1e-4
+
+
+def test_mixtures_adapt_attention_alone(make):
+    spec, size, *_ = resolve(make.spec(), find("qwen3-30b-a3b"), make.report(), make.gpu("h100"))
+    assert spec.adapter.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert size.params == 30_532_122_624
+
+
+# --- what holds for all --------------------------------------------------------------------------------------------
+
+trains = st.builds(
+    TrainSpec,
+    epochs=st.floats(0.01, 10),
+    max_steps=st.none() | st.integers(1, 10_000),
+    learning_rate=st.just("auto") | st.floats(1e-7, 1e-2),
+    warmup_steps=st.just("auto") | st.integers(0, 100),
+    max_length=st.just("auto") | st.integers(8, 1 << 16),
+    effective_batch=st.just("auto") | st.integers(1, 512),
+    micro_batch=st.just("auto") | st.integers(1, 64),
+    packing=st.just("auto") | st.booleans(),
+    dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
+    optimizer=st.sampled_from(["auto", "adamw"]),
+    activation_checkpointing=st.just("auto") | st.booleans(),
+    save_steps=st.just("auto") | st.integers(1, 100),
+    eval_steps=st.just("auto") | st.integers(1, 100),
+)
+adapters = st.builds(
+    AdapterSpec,
+    kind=st.sampled_from(["auto", "lora", "dora", "qlora", "none"]),
+    rank=st.just("auto") | st.integers(1, 1024),
+    alpha=st.just("auto") | st.floats(0.1, 512),
+    targets=st.just("auto") | st.just(("q_proj", "v_proj")),
+)
+models = st.sampled_from([model for model in known() if model.params < 80e9])
+rows = st.integers(1, 10**7)
+
+
+@given(trains, adapters, models, rows, st.integers(1, 4000), st.floats(1, 200), st.booleans())
+def test_what_the_user_set_never_changes(make, train, adapter, model, count, length, gib, gpu):
+    device = make.gpu("h100", gib) if gpu else make.cpu(gib)
+    asked = make.spec(train=train, adapter=adapter)
+    spec, size, time, _, findings = resolve(asked, model, make.report(count, length, length * 2, length * 3), device)
+    for given_part, part in ((asked.train, spec.train), (asked.adapter, spec.adapter)):
+        for item in fields(part):
+            before, after = getattr(given_part, item.name), getattr(part, item.name)
+            assert after != "auto"
+            assert before in ("auto", after)
+    effective, micro = spec.train.effective_batch, spec.train.micro_batch
+    assert size.micro_batch == micro
+    assert size.grad_accum == max(1, math.ceil(effective / micro))
+    if train.micro_batch == "auto":
+        assert micro <= effective
+    assert size.fits == ("size.does_not_fit" not in codes(findings))
+    assert size.fits == (size.peak_bytes.high <= {"cuda": 0.95, "cpu": 0.85}[device.kind] * device.memory_bytes)
+    assert time is None or 0 < time.seconds.low <= time.seconds.expected <= time.seconds.high
+    assert spec.train.save_steps >= 1
+    assert replace(spec, train=asked.train, adapter=asked.adapter) == asked
+
+
+@given(models, st.floats(4, 100), st.floats(0, 100), rows)
+def test_a_plan_that_fits_on_a_card_fits_on_a_larger_one(make, model, gib, more, count):
+    report = make.report(count)
+    if resolve(make.spec(), model, report, make.gpu("h100", gib))[1].fits:
+        assert resolve(make.spec(), model, report, make.gpu("h100", gib + more))[1].fits
+
+
+def test_resolving_is_quick_and_loads_nothing_heavy(make):
+    code = "import sys, tunesmith.executors.kernel.sizing; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

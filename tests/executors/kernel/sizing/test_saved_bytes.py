@@ -1,0 +1,126 @@
+"""The integers of sizing/size.py counted again on the training loop itself, and its peaks against real allocations."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from tunesmith.executors.kernel.catalogue import ModelFacts, from_config
+from tunesmith.executors.kernel.sizing.size import Layout, parts, saved_per_token
+from tunesmith.orchestrator.nouns import AdapterSpec, DataSource, JobSpec, ModelRef, TrainSpec
+
+pytestmark = pytest.mark.slow
+
+SHAPES = {  # (hidden, layers, heads, key-value heads, head size, intermediate, rank)
+    "narrow": (144, 2, 6, 2, 16, 320, 8),
+    "wide": (288, 2, 4, 4, 48, 208, 24),
+    "usual": (192, 2, 6, 2, 32, 672, 2),  # proportions of real models
+}
+
+
+def net(model_type, shape, kind, dtype, *, layers=None, checkpointing=False, vocabulary=64):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tunesmith.executors.kernel.loops import model as loop
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hidden, usual, heads, kv_heads, head_dim, intermediate, rank = SHAPES[shape]
+    config = AutoConfig.for_model(
+        model_type, hidden_size=hidden, num_hidden_layers=layers or usual, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=intermediate, vocab_size=vocabulary,
+        tie_word_embeddings=False, max_position_embeddings=4096, pad_token_id=0, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    facts: ModelFacts = from_config("me/mine", config.to_dict())
+    full = kind == "none"
+    half = dtype == "bfloat16" and not full
+    module = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16 if half else torch.float32, trust_remote_code=False
+    )
+    spec = JobSpec(
+        model=ModelRef(id="me/mine"),
+        data=(DataSource(source="none"),),
+        adapter=AdapterSpec(kind=kind, rank=rank, alpha=32.0, targets=tuple(facts.linears)),
+        train=TrainSpec(dtype=dtype, activation_checkpointing=checkpointing),
+    )
+    return loop.ready(module, spec, torch.device("cpu")), facts, rank
+
+
+def batch(tokens, documents=4, supervised=8):
+    from tunesmith.executors.kernel.loops.batches import packed
+
+    length = tokens // documents
+    labels = [-100] * (length - supervised) + [1] * supervised
+    rows = [SimpleNamespace(row=number, ids=[1] * length, labels=labels) for number in range(documents)]
+    (found,) = packed(rows, tokens)
+    return found
+
+
+def saved(trained, tokens):
+    """Bytes of distinct storages that autograd keeps, parameters left out."""
+    import torch
+
+    own = {weight.untyped_storage().data_ptr() for weight in trained.outer.parameters()}
+    kept, found = [], {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trained.summed_loss(batch(tokens))
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("shape", ["narrow", "wide"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "none"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "phi3"])
+def test_the_formula_counts_what_autograd_keeps(model_type, kind, dtype, shape):
+    """Exact for Llama and Qwen3; within 6 % for the families whose rarer paths are simplified."""
+    counts = {}
+    for layers in (2, 4):
+        trained, facts, rank = net(model_type, shape, kind, dtype, layers=layers)
+        counts[layers] = saved(trained, 384) - saved(trained, 128)
+    counted = (counts[4] - counts[2]) / 2 / 256
+    layout = Layout(
+        facts=facts, kind=kind, rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=256, longest=64
+    )  # fmt: skip
+    exact = model_type in ("llama", "qwen3")
+    assert saved_per_token(layout) == pytest.approx(counted, rel=1e-9 if exact else 0.06)
+    assert exact or saved_per_token(layout) >= 0.99 * counted
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_the_peak_of_a_step_is_foretold(kind, dtype, checkpointing):
+    """Live bytes of c10's allocator over a forward and backward pass, against the moving parts of the formula."""
+    from torch.profiler import ProfilerActivity, profile
+
+    tokens = 1024
+    trained, facts, rank = net("llama", "usual", kind, dtype, layers=6, checkpointing=checkpointing)
+    work = batch(tokens)
+
+    def step():
+        trained.summed_loss(work).backward()
+
+    step()  # gradients are there from now on, as after the first micro-batch
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    live = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    layout = Layout(
+        facts=facts, kind=kind, rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=tokens,
+        longest=tokens // 4, checkpointing=checkpointing,
+    )  # fmt: skip
+    foretold = parts(layout)["activations"]
+    assert foretold == pytest.approx(most, rel=0.08)

@@ -1,0 +1,115 @@
+"""Bytes: what follows from the shapes exactly, and what must never fall when something grows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.executors.kernel.catalogue import find, known
+from tunesmith.executors.kernel.sizing.size import GIB, Layout, fits, parts, peak, saved_per_token, trainable
+
+MODELS = [model for model in known() if model.params < 80e9]
+
+
+def layout(**changes):
+    facts = changes.pop("facts", find("qwen3-0.6b"))
+    usual = {
+        "kind": "lora",
+        "rank": 16,
+        "targets": tuple(facts.linears),
+        "dtype": "bfloat16",
+        "tokens": 2048,
+        "longest": 512,
+    }
+    return Layout(facts=facts, **{**usual, **changes})
+
+
+@st.composite
+def layouts(draw):
+    facts = draw(st.sampled_from(MODELS))
+    names = tuple(facts.linears)
+    tokens = draw(st.integers(8, 1 << 17))
+    return Layout(
+        facts=facts,
+        kind=draw(st.sampled_from(["lora", "dora", "qlora", "none"])),
+        rank=draw(st.integers(1, 1024)),
+        targets=names[: draw(st.integers(1, len(names)))],
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        tokens=tokens,
+        longest=draw(st.integers(8, tokens)),
+        checkpointing=draw(st.booleans()),
+        optimizer=draw(st.sampled_from(["adamw", "adamw-8bit"])),
+        device=draw(st.sampled_from(["cpu", "cuda"])),
+    )
+
+
+@given(layouts(), st.integers(2, 4))
+def test_memory_never_falls_when_something_grows(some, times):
+    before = peak(some).expected
+    assert peak(some.but(tokens=some.tokens * times)).expected > before
+    assert peak(some.but(longest=min(some.tokens, some.longest * times))).expected >= before
+    assert peak(some.but(rank=some.rank * times)).expected >= before
+    facts = some.facts
+    for name in ("layers", "hidden", "intermediate", "vocabulary"):
+        larger = replace(facts, params=0, **{name: getattr(facts, name) * times})
+        assert peak(some.but(facts=larger)).expected > before, name
+    assert peak(some.but(targets=tuple(facts.linears))).expected >= before
+
+
+@given(layouts())
+def test_the_parts_add_up_and_the_range_holds_them(some):
+    sizes, found = parts(some), peak(some)
+    assert set(sizes) == {"weights", "adapter", "optimizer", "gradients", "activations", "logits", "overhead"}
+    assert all(isinstance(size, int) and size >= 0 for size in sizes.values())
+    assert sum(sizes.values()) == found.expected
+    assert found.low <= found.expected <= found.high
+    assert (found.unit, found.source) == ("bytes", "formula")
+
+
+@given(layouts(), st.integers(1, 200), st.integers(0, 200))
+def test_what_fits_fits_into_more(some, gib, more):
+    assert not fits(some, gib * GIB) or fits(some, (gib + more) * GIB)
+
+
+@given(layouts())
+def test_the_savings_save(some):
+    plain = some.but(checkpointing=False, optimizer="adamw", dtype="bfloat16")
+    assert peak(plain.but(checkpointing=True)).expected <= peak(plain).expected
+    assert peak(plain.but(optimizer="adamw-8bit")).expected < peak(plain).expected
+    lora = plain.but(kind="lora", rank=8)
+    assert parts(lora.but(kind="qlora"))["weights"] < parts(lora)["weights"]
+
+
+def test_trainable_parameters_of_an_adapter():
+    """r x (inputs + outputs) over seven layers of 28 blocks; the figure peft prints for Qwen3-0.6B at rank 16."""
+    assert trainable(find("qwen3-0.6b"), "lora", 16, tuple(find("qwen3-0.6b").linears)) == 10_092_544
+    assert trainable(find("llama-3.1-8b"), "lora", 16, ("q_proj", "v_proj")) == 6_815_744
+    assert trainable(find("qwen3-0.6b"), "none", 16, ()) == 596_049_920
+    gemma = find("gemma-3-4b-it")
+    assert trainable(gemma, "none", 16, ()) == gemma.params - gemma.extra_params
+
+
+def test_weights_by_kind():
+    facts = find("llama-3.1-8b")
+    assert parts(layout(facts=facts))["weights"] == 2 * facts.params
+    assert parts(layout(facts=facts, dtype="float32"))["weights"] == 4 * facts.params
+    full = parts(layout(facts=facts, kind="none"))
+    assert full["weights"] == full["gradients"] == 4 * facts.params
+    assert full["optimizer"] == 8 * facts.params
+    assert full["adapter"] == 0
+    assert parts(layout(facts=facts, kind="qlora"))["weights"] == pytest.approx(5.3 * GIB, rel=0.02)
+
+
+def test_saved_bytes_of_a_block():
+    """12 h + 8 m + 6 a + 4 k + 2 r for each of seven targets + 4 heads + 8, in bfloat16 on a Llama."""
+    facts = find("llama-3.2-1b")
+    by_hand = 12 * 2048 + 8 * 8192 + 6 * 2048 + 4 * 512 + 2 * 16 * 7 + 4 * 32 + 8
+    assert saved_per_token(layout(facts=facts)) == by_hand
+
+
+def test_logits_are_held_for_a_chunk_only():
+    small, large = parts(layout(tokens=1 << 10)), parts(layout(tokens=1 << 16))
+    assert small["logits"] == large["logits"] < 0.2 * GIB
