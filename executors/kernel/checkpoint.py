@@ -107,7 +107,7 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         files = dict(manifest["files"])
         wanted = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _corrupt(folder, MANIFEST, f"it cannot be read ({type(error).__name__})") from error
     if not wanted:
         raise _corrupt(folder, MANIFEST, "it names no files")
@@ -142,7 +142,7 @@ def newest_verified(checkpoints: Path) -> Found:
     for step, path in steps(checkpoints):
         try:
             manifest = verify(path)
-            if int(manifest.get("step", -1)) != step:
+            if manifest.get("step") != step:
                 raise _corrupt(path, MANIFEST, "it speaks of another step")
             return Found(path, manifest, tuple(passed))
         except StorageError as error:

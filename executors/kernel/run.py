@@ -131,9 +131,14 @@ class Run:
     def _tokenizer(self) -> tuple[Any, Path]:
         from tunesmith.executors.kernel import weights
 
-        folder = weights.locate(self.spec.model, home_of(self.folder) / "cache")
-        from transformers import AutoTokenizer
+        def tell(phase: str, done: int, total: int) -> None:
+            self.reporter.progress("loading", done, total, unit="bytes" if phase == "download" else "tensors")
 
+        folder = weights.locate(self.spec.model, home_of(self.folder) / "cache", progress=tell)
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

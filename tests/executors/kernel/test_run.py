@@ -1,0 +1,441 @@
+"""One attempt through every phase, on a tiny model and data written here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tunesmith.executors.kernel import run as runs
+from tunesmith.orchestrator.errors import InputError, JobFailed, StorageError
+from tunesmith.orchestrator.events import Kind, decode
+from tunesmith.orchestrator.nouns import (
+    AdapterSpec,
+    Attempt,
+    DataSource,
+    EvalSpec,
+    JobSpec,
+    Mapping,
+    ModelRef,
+    TrainSpec,
+    plain,
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder with a tiny random Llama and a tokenizer of bytes with a chat template."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens([AddedToken(name, special=True) for name in ("<|pad|>", "<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|pad|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(str(folder))
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "max_position_embeddings": 256,
+    }
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_and_offline(monkeypatch):
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.delenv("TUNESMITH_HOME", raising=False)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def attempt(tmp_path, tiny_model, data):
+    """Writes attempt.json in a home's layout and returns the attempt's folder."""
+
+    def make(number=1, *, train=None, adapter=None, resume_from=None, fingerprint=None, **spec):
+        chosen = {
+            "learning_rate": 1e-2,
+            "warmup_steps": 1,
+            "max_length": 96,
+            "effective_batch": 4,
+            "micro_batch": 2,
+            "packing": True,
+            "dtype": "float32",
+            "optimizer": "adamw",
+            "activation_checkpointing": False,
+            "save_steps": 2,
+            "eval_steps": 3,
+            "max_steps": 6,
+            **(train or {}),
+        }
+        fitted = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ("all-linear",), **(adapter or {})}
+        doc = JobSpec(
+            **{
+                "model": ModelRef(id=str(tiny_model)),
+                "data": (DataSource(source=str(data)),),
+                "eval": EvalSpec(fraction=0.1),
+                "adapter": AdapterSpec(**fitted),
+                "train": TrainSpec(**chosen),
+                **spec,
+            }
+        )
+        folder = tmp_path / "home" / "jobs" / "j-aaaaaa" / "attempts" / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        noun = Attempt(
+            job="j-aaaaaa",
+            number=number,
+            spec=doc,
+            plan_hash="p",
+            data_fingerprint=fingerprint,
+            resume_from=resume_from,
+        )
+        (folder / "attempt.json").write_text(json.dumps(plain(noun)))
+        return folder
+
+    return make
+
+
+def events(folder, kind=None):
+    found = [decode(line) for line in (folder / "events.jsonl").read_bytes().splitlines()]
+    return [event for event in found if event is not None and kind in (None, event.kind)]
+
+
+def series(folder, key):
+    return {event.step: event.values[key] for event in events(folder, Kind.METRIC) if key in event.values}
+
+
+def states(folder):
+    return [event.values["state"] for event in events(folder, Kind.STATE)]
+
+
+def last_error(folder):
+    return events(folder, Kind.STATE)[-1].values["error"]
+
+
+def alerts(folder):
+    return {event.values["code"]: event.values for event in events(folder, Kind.ALERT)}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_attempt_from_start_to_end(attempt, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = attempt()
+    assert runs.run(folder) == 0
+    assert states(folder) == ["starting", "running", "finishing", "succeeded"]
+    assert [event.line for event in events(folder)] == list(range(1, len(events(folder)) + 1))
+    assert sorted(series(folder, "train/loss")) == [1, 2, 3, 4, 5, 6]
+    assert sorted(series(folder, "eval/loss")) == [0, 3, 6]
+    assert series(folder, "eval/loss")[6] < series(folder, "eval/loss")[0]
+    phases = [event.values["phase"] for event in events(folder, Kind.PROGRESS)]
+    assert list(dict.fromkeys(phases)) == ["loading", "tokenizing", "preflight", "evaluating", "training", "saving"]
+    assert any("packed and single rows agree" in e.values["message"] for e in events(folder, Kind.LOG))
+    (artifact,) = events(folder, Kind.ARTIFACT)
+    assert artifact.values["kind"] == "adapter"
+
+    config = json.loads((folder / "output" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder / "output" / "adapter")
+    assert any(item.abs().max() > 0 for name, item in tuned.named_parameters() if "lora_B" in name)
+
+
+def test_the_executor_accepts_what_is_delivered(attempt):
+    from tunesmith.executors.local import manifest
+    from tunesmith.executors.local.folder import Folder
+    from tunesmith.orchestrator.nouns import Attempt, build, spec_hash
+
+    folder = attempt()
+    assert runs.run(folder) == 0
+    spec = build(Attempt, json.loads((folder / "attempt.json").read_text())).spec
+    with Folder.find(folder.parents[3], "j-aaaaaa", 1) as held:
+        (artifact,) = manifest.verified(held, number=1, spec=spec_hash(spec)[:16])
+    (told,) = events(folder, Kind.ARTIFACT)
+    assert artifact.kind == "adapter"
+    assert artifact.sha256 == told.values["sha256"]
+    assert artifact.bytes == told.values["bytes"]
+
+
+def test_only_answers_are_trained(attempt, tiny_model, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from tunesmith.executors.kernel.loops import engine
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    trained = []
+    usual = engine.Engine._seed
+
+    def look(self, step, batch):
+        trained.append(tokenizer.decode(batch.targets))
+        return usual(self, step, batch)
+
+    monkeypatch.setattr(engine.Engine, "_seed", look)
+    assert runs.run(attempt(eval=EvalSpec(fraction=0.0))) == 0
+    text = "".join(trained)
+    answers = text.split("<|im_end|>")
+    assert answers.pop() == ""
+    assert sorted(answers) == sorted(f"It is {2 * n}." for n in range(24))
+
+
+def test_full_weights_come_with_their_tokenizer(attempt):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = attempt(adapter={"kind": "none"})
+    assert runs.run(folder) == 0
+    whole = folder / "output" / "model"
+    assert AutoTokenizer.from_pretrained(whole).chat_template == CHATML
+    AutoModelForCausalLM.from_pretrained(whole)
+    listed = json.loads((folder / "output" / "manifest.json").read_text())["files"]
+    assert {"model/model.safetensors", "model/manifest.json", "model/tokenizer.json"} <= set(listed)
+
+
+def test_a_stopped_attempt_goes_on_in_the_next(attempt):
+    whole = attempt(9)
+    assert runs.run(whole) == 0
+    first = attempt(1)
+    (first / "control").write_text('{"signal": "checkpoint", "serial": 1}')
+
+    order_at(first, 3)
+    assert runs.run(first) == 75
+    assert states(first)[-1] == "stopped"
+    assert last_error(first)["code"] == "stopped"
+    assert "3" in last_error(first)["message"]
+    second = attempt(2, resume_from="attempts/1/checkpoints/step-00000003")
+    assert runs.run(second) == 0
+    name = "output/adapter/adapter_model.safetensors"
+    assert (second / name).read_bytes() == (whole / name).read_bytes()
+    assert {**series(first, "train/loss"), **series(second, "train/loss")} == series(whole, "train/loss")
+
+
+def order_at(folder, step):
+    """Let a stop order arrive while the attempt takes this step."""
+    from tunesmith.executors.kernel.loops import engine
+
+    usual = engine.Engine._step
+
+    def stepping(self):
+        usual(self)
+        if self.cursor.step == step:
+            (folder / "control").write_text('{"signal": "stop", "serial": 2}')
+            engine.Engine._step = usual
+
+    engine.Engine._step = stepping
+
+
+def test_a_restarted_attempt_uses_its_own_checkpoint(attempt):
+    whole = attempt(9)
+    assert runs.run(whole) == 0
+    folder = attempt(1)
+    order_at(folder, 5)
+    assert runs.run(folder) == 75
+    (folder / "control").unlink()
+    before = len(events(folder))
+    assert runs.run(folder) == 0
+    assert [event.line for event in events(folder)] == list(range(1, len(events(folder)) + 1))
+    assert sorted({event.step for event in events(folder)[before:] if event.kind is Kind.METRIC}) == [6]
+    name = "output/adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(attempt):
+    first = attempt(1)
+    order_at(first, 5)
+    assert runs.run(first) == 75
+    newest = first / "checkpoints" / "step-00000005" / "optimizer.safetensors"
+    os.truncate(newest, newest.stat().st_size - 1)
+    second = attempt(2, resume_from="attempts/1/checkpoints/step-00000005")
+    assert runs.run(second) == 0
+    assert "step-00000005 is damaged: optimizer.safetensors" in alerts(second)["checkpoint.corrupt"]["message"]
+    assert min(series(second, "train/loss")) == 5
+
+
+def test_without_a_good_checkpoint_it_starts_anew_and_says_so(attempt):
+    folder = attempt(2, resume_from="attempts/1/checkpoints/step-00000005")
+    assert runs.run(folder) == 0
+    assert "checkpoint.none" in alerts(folder)
+    assert min(series(folder, "train/loss")) == 1
+
+
+def test_a_checkpoint_outside_the_job_is_refused(attempt):
+    folder = attempt(2, resume_from="../j-bbbbbb/attempts/1/checkpoints/step-00000005")
+    assert runs.run(folder) == 2
+    assert last_error(folder)["code"] == "checkpoint.outside"
+
+
+def test_rows_that_cannot_be_used_are_counted(attempt, data):
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "empty", "completion": ""}) + "\n")
+        file.write(json.dumps({"prompt": "long " * 100, "completion": "x"}) + "\n")
+    folder = attempt(eval=EvalSpec(fraction=0.0))
+    assert runs.run(folder) == 0
+    found = alerts(folder)
+    assert found["data.row.empty_answer"]["rows"] == 1
+    assert "1 of 26 rows are left out" in found["data.row.empty_answer"]["message"]
+    assert found["data.no_supervised_tokens"]["rows"] == 1
+
+
+def test_changed_data_ends_the_attempt(attempt):
+    folder = attempt(fingerprint="sha256:" + "0" * 64)
+    assert runs.run(folder) == 2
+    assert last_error(folder)["code"] == "data.changed"
+
+
+def test_the_fingerprint_of_the_plan_is_accepted(attempt, data):
+    from tunesmith.executors.kernel.data import fingerprint
+
+    assert runs.run(attempt(fingerprint=fingerprint([DataSource(source=str(data))]), train={"max_steps": 1})) == 0
+
+
+@pytest.mark.parametrize(
+    "spec, code",
+    [
+        ({"data": (DataSource(source="/nowhere/rows.jsonl"),)}, "data.missing_file"),
+        ({"model": ModelRef(id="/nowhere/model")}, "model.missing"),
+        ({"method": "dpo"}, None),
+        ({"train": {"max_length": "auto"}}, "spec.auto"),
+        ({"train": {"early_stopping": 2}, "eval": EvalSpec(fraction=0.0)}, "train.early_stopping"),
+        ({"adapter": {"targets": ("nothing",)}}, "adapter.targets"),
+        ({"train": {"dtype": "float16"}, "hardware": "cpu"}, "train.dtype"),
+        (
+            {"data": (DataSource(source="DATA", mapping=Mapping(kind="text", columns={"text": "nothing"})),)},
+            None,
+        ),
+    ],
+)
+def test_bad_input_ends_with_2_and_a_clear_error(spec, code, attempt, data, capfd):
+    if spec.get("data") and spec["data"][0].source == "DATA":
+        spec = {"data": (DataSource(source=str(data), mapping=spec["data"][0].mapping),)}
+    folder = attempt(**spec)
+    assert runs.run(folder) == 2
+    error = last_error(folder)
+    assert states(folder)[-1] == "failed"
+    assert error["type"] == "InputError"
+    assert error["message"]
+    assert error["fix"]
+    if code:
+        assert error["code"] == code
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_broken_attempt_file_ends_with_2(tmp_path, capsys):
+    assert runs.run(tmp_path) == 2
+    (tmp_path / "attempt.json").write_text("{")
+    assert runs.run(tmp_path) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_internal_and_its_traceback_goes_to_the_log(attempt, monkeypatch, capfd):
+    from tunesmith.executors.kernel.loops import engine
+
+    def broken(self):
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(engine.Engine, "run", broken)
+    folder = attempt()
+    assert runs.run(folder) == 1
+    error = last_error(folder)
+    assert (error["type"], error["code"]) == ("JobFailed", "internal")
+    assert "ZeroDivisionError: surprise" in error["why"]
+    assert "Traceback" in capfd.readouterr().err
+    assert "Traceback" not in (folder / "events.jsonl").read_text()
+
+
+def test_errors_get_their_codes():
+    import torch
+
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert runs.explained(cuda).code == "oom.cuda"
+    assert runs.explained(MemoryError()).code == "oom.host"
+    host = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+    assert runs.explained(host).code == "oom.host"
+    assert isinstance(runs.explained(OSError(28, "No space left on device")), StorageError)
+    assert runs.explained(OSError(30, "Read-only file system")).code == "storage.denied"
+    assert runs.explained(ValueError("x")).code == "internal"
+    assert runs.explained(KeyboardInterrupt()).code == "stopped"
+    known = InputError("x", code="y")
+    assert runs.explained(known) is known
+    assert isinstance(runs.explained(cuda), JobFailed)
+
+
+def test_the_home_of_an_attempt(tmp_path, monkeypatch):
+    folder = tmp_path / "home" / "jobs" / "j-aaaaaa" / "attempts" / "1"
+    assert runs.home_of(folder) == tmp_path / "home"
+    assert runs.home_of(tmp_path / "elsewhere") == tmp_path / "elsewhere"
+    monkeypatch.setenv("TUNESMITH_HOME", "/other")
+    assert str(runs.home_of(folder)) == "/other"
+
+
+@pytest.mark.slow
+def test_as_a_process_with_sigterm_and_a_second_life(attempt):
+    """The real command: TERM gives 75 and a checkpoint; started again in the same folder it goes on and ends with 0."""
+    folder = attempt(train={"max_steps": 100, "save_steps": 1000, "eval_steps": 1000})
+    command = [sys.executable, "-P", "-m", "tunesmith.executors.kernel", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kernel = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and kernel.poll() is None:
+        if (folder / "events.jsonl").exists() and len(series(folder, "train/loss")) >= 3:
+            break
+    kernel.send_signal(signal.SIGTERM)
+    output = kernel.communicate(timeout=120)[0]
+    assert kernel.returncode == 75, output
+    assert "Traceback" not in output
+    step = max(series(folder, "train/loss"))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+
+    # the second life is killed without warning, the third ends: no step is lost
+    kernel = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and max(series(folder, "train/loss")) < step + 3:
+        pass
+    kernel.kill()
+    kernel.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert sorted(series(folder, "train/loss")) == list(range(1, 101))
+    assert states(folder)[-1] == "succeeded"
+
+
+def test_the_usage_is_told():
+    done = subprocess.run([sys.executable, "-P", "-m", "tunesmith.executors.kernel"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ATTEMPT_DIR" in done.stderr
