@@ -39,7 +39,7 @@ class LocalExecutor:
         *,
         command: Sequence[str] | None = None,
         grace_seconds: float = 30.0,
-        start_seconds: float = 10.0,
+        start_seconds: float = 5.0,
     ) -> None:
         self.home = Path(os.path.abspath(home))
         self.command = tuple(command or (sys.executable, "-P", "-m", "tunesmith.executors.kernel"))

@@ -411,6 +411,7 @@ def main(arguments: list[str]) -> int:
     os.umask(0o077)
     try:
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        os.chdir("/")  # whatever folder the daemon was started in is not kept busy
         if "--lock" in given:
             lock = int(given["--lock"])
             os.set_inheritable(lock, False)

@@ -29,7 +29,7 @@ def test_cutting_keeps_the_head_a_mark_and_the_latest_lines(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_flood_leaves_the_first_and_the_last_lines_within_the_bound(yard):
-    handle = yard.submit("flood 200 0.002")
+    handle = yard.submit("flood 200 0.01")
     log = yard.folder() / "log"
     largest = 0
     while not (yard.folder() / "exit").exists():
@@ -40,4 +40,4 @@ def test_a_flood_leaves_the_first_and_the_last_lines_within_the_bound(yard):
     assert content.startswith(b"the first line\n")
     assert content.endswith(b"the last line\n")
     assert content.count(b"bytes of log were cut here]\n") >= 1
-    assert largest < 200 * 2**20  # it was cut while it grew
+    assert largest < 180 * 2**20  # it was cut while it grew

@@ -155,6 +155,33 @@ def test_a_cancel_at_any_moment_of_the_start_is_heard(yard):
         assert yard.starts(number) <= 1
 
 
+LATE_STOP = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("shim", sys.argv[1])
+shim = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shim)
+write = shim.write_document
+
+def stop_first(directory, name, document):
+    write(directory, "control", {"signal": "stop", "serial": 1})
+    write(directory, name, document)
+
+shim.write_document = stop_first
+sys.exit(shim.main(sys.argv[2:]))
+"""
+
+
+def test_a_stop_just_before_the_start_is_on_disk_keeps_the_kernel_behind_its_gate(yard):
+    attempt = yard.attempt("wait")
+    with Folder.make(yard.home, attempt.job, attempt.number) as folder:
+        folder.write("attempt.json", {"key": attempt.key, "number": 1, "spec": {"name": "wait"}})
+        arguments = [shim.__file__, str(folder.path), "--", *yard.executor.command, str(folder.path)]
+        subprocess.run([sys.executable, "-I", "-S", "-c", LATE_STOP, *arguments], check=True, capture_output=True)
+    end = yard.end(yard.executor.submit(attempt))
+    assert end.state is AttemptState.CANCELLED
+    assert yard.starts() == 0
+
+
 @pytest.mark.parametrize("job", ["../x", "j-ABC234", "j-abc23", "j-abc2345", "j-abc234/..", "/etc", "j-abc234\n", ""])
 def test_a_name_that_is_no_job_is_refused(yard, job):
     with pytest.raises(InputError, match="job id"):
