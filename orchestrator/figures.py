@@ -76,17 +76,25 @@ def quantity(value: Any, unit: str) -> str:
     """A figure with the unit of an Estimate."""
     if unit in _UNITS:
         return _UNITS[unit](value)
-    return f"{amount(value)} {unit}".strip()
+    figure = number(value)
+    return f"{amount(round(figure)) if figure is not None and abs(figure) >= 10 else amount(value)} {unit}".strip()
 
 
 def estimate(doc: Mapping[str, Any] | None) -> str:
-    """An Estimate: "2 min (1 min to 3 min, formula)"; a range that is one figure is said once."""
+    """An Estimate: "153 tokens/s (51 to 382, formula)"; what the figures share is said once."""
     if not doc:
         return UNKNOWN
     unit = str(doc.get("unit", ""))
     low, middle, high = (quantity(doc.get(key), unit) for key in ("low", "expected", "high"))
     source = str(doc.get("source", "formula"))
-    return f"{middle} ({source})" if low == high else f"{middle} ({low} to {high}, {source})"
+    if low == middle == high:
+        return f"{middle} ({source})"
+    ends = [said.partition(" ")[2] for said in (low, middle, high)]
+    if ends[0] == ends[2] and unit != "seconds":
+        low = low.partition(" ")[0]
+        if ends[1] == ends[2]:
+            high = high.partition(" ")[0]
+    return f"{middle} ({low} to {high}, {source})"
 
 
 def share(part: Any, whole: Any) -> str:

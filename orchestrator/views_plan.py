@@ -137,13 +137,14 @@ def _data(data: Doc) -> RenderableType:
 def _tokens(tokens: Doc) -> Text:
     said = ", ".join(f"{name} {figures.count(tokens.get(key))}" for name, key in _LENGTHS)
     line = Text(f"tokens a row: {said}")
-    line.append(f"   {figures.estimate(tokens.get('total'))} in all", style="dim")
-    line.append(f"   by {inert(tokens.get('method', ''), limit=30)}", style="dim")
+    total = dict(tokens.get("total") or {}, source=f"by {_MEANS.get(str(tokens.get('method')), 'count')}")
+    line.append(f"   {figures.estimate(total)} in all" if tokens.get("total") else "", style="dim")
     if tokens.get("truncated_rows"):
         line.append(f"   {figures.count(tokens['truncated_rows'])} rows are cut", style="yellow")
     return line
 
 
+_MEANS = {"bytes-per-token": "bytes per token", "sample": "a sample", "tokenizer": "the tokenizer"}
 _LENGTHS = (("median", "p50"), ("95 %", "p95"), ("longest", "max"))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -33,6 +34,9 @@ from tunesmith.orchestrator.wording import (
     unknown_keys,
     unwrapped,
 )
+
+# Plug-ins of pydantic have no say here, and looking for them reads the metadata of every package: 50 ms.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 SPEC_VERSION = 1
 MAX_TEXT = 20_000
@@ -103,6 +107,8 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Any]:
 def read_sets(sets: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Checked settings or answers, without a spec to apply them to: every key is known and every value fits it."""
     pairs = dict(sets) if isinstance(sets, Mapping) else parse_sets(sets)
+    if not pairs:
+        return {}
     documents.check_plain(pairs, name="The settings")
     positions = [
         int(steps[1]) for steps in map(_steps, pairs) if steps[0] == "data" and steps[1:2] and steps[1].isdecimal()
@@ -140,7 +146,8 @@ def read_request(doc: Mapping[str, Any]) -> Request:
     sets = read_sets(request.sets) if text is not None else dict(request.sets)
     if spec is not None:
         spec = spec_doc(spec)
-        spec_doc(spec, sets)
+        if sets:
+            spec_doc(spec, sets)
     if request.backend is not None:
         spec_doc({"model": "model", "data": "data", "backend": request.backend})
     return dataclasses.replace(request, text=text, spec=spec, sets=sets)

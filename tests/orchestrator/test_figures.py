@@ -45,6 +45,10 @@ def test_an_estimate_names_its_range_and_source() -> None:
     doc = {"low": 60, "expected": 125, "high": 200, "unit": "seconds", "source": "formula"}
     assert figures.estimate(doc) == "2 min 5 s (1 min to 3 min 20 s, formula)"
     assert figures.estimate({**doc, "low": 125, "high": 125, "source": "measured"}) == "2 min 5 s (measured)"
+    speed = {"low": 50.98, "expected": 153.2, "high": 382.4, "unit": "tokens/s", "source": "formula"}
+    assert figures.estimate(speed) == "153 tokens/s (51 to 382, formula)"
+    memory = {"low": 900 * 2**20, "expected": 2**30, "high": 2**31, "unit": "bytes", "source": "measured"}
+    assert figures.estimate(memory) == "1.0 GiB (900.0 MiB to 2.0 GiB, measured)"
     assert figures.estimate(None) == "unknown"
     assert figures.share(3, 100) == "3 %"
     assert figures.share(1, 0) == ""

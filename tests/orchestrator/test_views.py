@@ -170,7 +170,7 @@ def test_a_plan_says_what_a_person_decides_by() -> None:
         "median 97, 95 % 190, longest 470",
         "134.5 M parameters, 4.9 M trained (3.6 %)",
         "lora rank 16",
-        "2.0 GiB (1.6 GiB to 2.6 GiB, formula) of 16.0 GiB",
+        "2.0 GiB (1.6 to 2.6, formula) of 16.0 GiB",
         "2 min (1 min 36 s to 2 min 36 s, formula)",
         "95 % of rows fit",
         "error: row 3 is empty",
