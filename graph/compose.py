@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.executors.kernel import catalogue
-from tunesmith.graph.naming import Mention, looks_like_model
+from tunesmith.graph.naming import Mention, choices, looks_like_model
 from tunesmith.graph.sentence import Ref
-from tunesmith.graph.surroundings import GGUF_KINDS, role_of
+from tunesmith.graph.surroundings import GGUF_KINDS, ROLES, role_of
 from tunesmith.orchestrator.nouns import Finding, Question, Resolved
 
 SHARED = ("backend", "hardware", "limits.usd", "limits.hours", "limits.memory_gb", "name")
@@ -224,7 +224,7 @@ def _method(made: Made, index: int, part: Part) -> str:
     return values[0] if values else "sft"
 
 
-# --- model and data -----------------------------------------------------------------------------------------------------
+# --- model and data -------------------------------------------------------------------------------------------------
 
 
 def _model_and_data(made: Made, index: int, part: Part, doc: dict[str, Any], intent: str) -> None:
@@ -247,7 +247,7 @@ def _model_and_data(made: Made, index: int, part: Part, doc: dict[str, Any], int
         (sources if sources == [] and (models or _jobs(part)) else models).append(fact)
     for fact in loose:
         ref: Ref = fact.value
-        if ref.kind == "quoted":
+        if ref.kind in ("quoted", "code"):
             made.unread.append(ref.text)
         elif not models and sources and not _jobs(part) and ref.kind in ("hub", "path"):
             models.append(fact)
@@ -300,6 +300,8 @@ def _choose_model(made: Made, index: int, part: Part, facts: list[Fact], doc: di
         value = fact.value
         if isinstance(value, Ref):
             name, _, revision = value.text.partition("@") if value.kind == "hub" else (value.text, "", "")
+            if value.kind == "job" and not name.startswith(("job:", "stage:")):
+                name = f"job:{name}"
             known = catalogue.find(name) if value.kind in ("hub", "quoted") else None
             ids.setdefault(known.id if known else name, fact.words)
             if revision:
@@ -311,10 +313,14 @@ def _choose_model(made: Made, index: int, part: Part, facts: list[Fact], doc: di
             made.questions = (*made.questions, Question(field="model.id", text=text, choices=value.choices))
             doc["model"] = {"id": ""}
         else:
-            near = ", ".join(catalogue.nearest(value.words))
-            made.error(
-                "model.unknown", f"The model {value.words!r} is not known.", "model.id", f"The nearest are {near}."
-            )
+            _unknown_model(made, value.words)
+    for fact in part.all("verb.object"):
+        if not facts:
+            _unknown_model(made, str(fact.value))
+    sizes = part.all("model.size")
+    if sizes and not facts and (alike := choices(sizes[0].value)):
+        text = f"Which model is meant by {sizes[0].words!r}?"
+        made.questions = (*made.questions, Question(field="model.id", text=text, choices=tuple(alike)))
     jobs = _jobs(part)
     if jobs and not ids and intent == "train":
         job = str(jobs[0].value)
@@ -332,8 +338,20 @@ def _choose_model(made: Made, index: int, part: Part, facts: list[Fact], doc: di
         del doc["model"]
 
 
+def _unknown_model(made: Made, name: str) -> None:
+    near = ", ".join(catalogue.nearest(name))
+    fix = f"The nearest are {near}. A folder with config.json and a hub id (owner/name) work too."
+    made.error("model.unknown", f"The model {name[:100]!r} is not known.", "model.id", fix)
+
+
 def _sources(made: Made, index: int, part: Part, said: dict[str, Fact], doc: dict[str, Any]) -> None:
     """What is said of the data as such goes to each source; without a source it waits for the answer."""
+    drawn = said.pop("data.random", None)
+    if drawn is not None:
+        message = f"{drawn.words!r}: the first rows are taken, not random ones."
+        made.warn(
+            "data.not_random", message, "data.limit", "A seeded random share is data.fraction, as in 10 % of the data."
+        )
     rows = doc.setdefault("data", [{}]) if any(key.startswith("data.") for key in said) else doc.get("data", [])
     for key, fact in said.items():
         if key.startswith("data."):
@@ -361,33 +379,27 @@ def _mapping(part: Part, doc: dict[str, Any]) -> tuple[dict[str, Any] | None, st
     found: dict[str, str] = {}
     words = []
     for fact in part.all("columns.instead", "columns.role"):
-        found.update(fact.value if fact.key == "columns.role" else {fact.key: fact.value})
+        found |= fact.value
         words.append(fact.words)
-    found = found.pop("columns.instead", {}) | found  # type: ignore[operator]
-    if "columns.instead" in found:
-        found = {}
     for fact in part.all("columns"):
-        roles = [role_of(name) for name in fact.value]
-        if found and set(fact.value) & (set(found) | set(found.values())):
+        if set(fact.value) & (set(found) | set(found.values())):
             continue
-        standard = ["chosen", "rejected"] if doc["method"] in ("dpo", "reward") else ["prompt", "completion"]
-        known = {"prompt", "completion", "chosen", "rejected", "text", "label", "messages"}
-        if set(roles) <= known and len(set(roles)) == len(roles):
+        roles = [role_of(name) for name in fact.value]
+        usual = ["chosen", "rejected"] if doc["method"] in ("dpo", "reward") else ["prompt", "completion"]
+        if len(set(roles)) == len(roles) and set(roles) <= set(ROLES):
             found |= dict(zip(roles, fact.value, strict=True))
-        elif len(fact.value) == len(standard):
-            found |= dict(zip(standard, fact.value, strict=True))
+        elif len(fact.value) == len(usual):
+            found |= dict(zip(usual, fact.value, strict=True))
         words.append(fact.words)
-    if not found:
-        return None, ""
     kind = next((kind for roles, kind in KINDS if roles <= set(found)), None)
     if kind is None:
         return None, ""
-    if kind == "preference" and doc["method"] == "sft" and not part.all("method", "method.weak"):
+    if kind == "preference" and not part.all("method", "method.weak"):
         doc["method"] = "dpo"
     return {"kind": kind, "columns": found}, "; ".join(words)
 
 
-# --- the rest -----------------------------------------------------------------------------------------------------
+# --- the rest -------------------------------------------------------------------------------------------------------
 
 
 def _batch(said: dict[str, Fact], doc: dict[str, Any]) -> None:
@@ -421,12 +433,12 @@ def _deliveries(made: Made, index: int, part: Part, doc: dict[str, Any]) -> None
 
 def _contradictions(made: Made, part: Part, said: dict[str, Fact], doc: dict[str, Any]) -> None:
     kind = said.get("adapter.kind")
-    if kind is not None and kind.value == "none":
+    kinds = {fact.value for fact in part.all("adapter.kind")}
+    if kind is not None and kinds == {"none"}:
         for key in ("adapter.rank", "adapter.alpha", "adapter.dropout"):
             if key in said:
                 message = f"{said[key].words!r} with {kind.words!r}: full weights have no adapter."
                 made.error("request.contradiction", message, key, "Leave one of the two out.")
-    kinds = {fact.value for fact in part.all("adapter.kind")}
     if kinds == {"lora", "qlora"} or kinds == {"lora", "dora"}:
         made.findings = [
             item

@@ -22,20 +22,20 @@ from tunesmith.graph.sentence import Sentence, sentence
 from tunesmith.orchestrator.nouns import Finding, Question, Resolved
 
 MOST = 4000
-_FILLER = """a an the this that these those my our your its it i we you he she they me us them i'd i'm i'll we'd let's
-    lets please pls plz thanks thank hi hey hello ok okay so and or but then also just now too only both each all any
-    some more want wants wanted would like need needs could can should shall will must may might do does did be is
-    are was were am has have had been being get got go going make made let using use used with without within on in
-    at of for from by as to into via over under up out about through per based if when where which what who whose
-    there here than not no train training trained run runs running job jobs task start starting perform set help
-    give take model models llm llms base data dataset datasets file files rows examples samples result results first
-    second next last new good better really very quite actually basically simply something one ones it's that's
-    learning language large small adapter adapters weights version fine tune tuned tuning output answer answers
-    question questions respond response responses know able way order such other same machine hugging face
-    huggingface hf hub column columns field fields method technique approach project experiment called named name
-    every time long much many max maximum min total doesn't isn't work works check whether sure see tell convert
-    export push upload quantize quantise quantization merge save evaluate eval report maintain during after before
-    while until later again"""
+_FILLER = """a an the this that these those my our your its it i we you he she they me us them i'd i'm i'll
+    we'd let's lets please pls plz thanks thank hi hey hello ok okay so and or but then also just now too only both
+    each all any some more want wants wanted would like need needs could can should shall will must may might do
+    does did be is are was were am has have had been being get got go going make made let using use used with
+    without within on in at of for from by as to into via over under up out about through per based if when where
+    which what who whose there here than not no train training trained run runs running job jobs task start starting
+    perform set help give take model models llm llms base data dataset datasets file files rows examples samples
+    result results first second next last new good better really very quite actually basically simply something one
+    ones it's that's learning language large small adapter adapters weights version fine tune tuned tuning output
+    answer answers question questions respond response responses know able way order such other same machine hugging
+    face huggingface hf hub column columns field fields method technique approach project experiment called named
+    name every time long much many max maximum min total doesn't isn't work works check whether sure see tell
+    convert export push upload quantize quantise quantization merge save evaluate eval report maintain during after
+    before while until later again cost how why u w w/ thx uses calls followed finally afterwards"""
 FILLER = frozenset(_FILLER.split())
 RULES: tuple[Rule, ...] = (
     *vocabulary.METHOD_RULES,
@@ -53,6 +53,7 @@ RULES: tuple[Rule, ...] = (
     *surroundings.DATA_RULES,
 )
 _TOKEN = re.compile(r"[^\s,;()!?]+")
+_WEAK = ("and", "+")
 _THEN = re.compile(
     r"\b(?:and |, )?(?:then|followed by|after that|afterwards|next|second(?:ly)?|finally)\b|;|->|\+|→|\band\b"
 )
@@ -92,6 +93,10 @@ def read(text: str, cwd: str = "/") -> Reading:
     findings = list(made.findings)
     if {fact.value for fact in facts if fact.key == "quick"} == {True, False}:
         findings.append(_contradiction("quick", "A quick test run and a run for production exclude each other."))
+    if intent == "train" and any(one.isdigit() for word in unread for one in word):
+        message = f"Not understood, and passed over: {', '.join(map(repr, unread))[:200]}."
+        fix = "Say it in other words, or use --set KEY=VALUE."
+        findings.append(Finding(level="warning", code="request.unread", message=message, fix=fix))
     if intent == "advice":
         findings.append(_advice(command, made.mapping))
     if intent == "export" and "export" in command and (target := _delivered(made.docs, "push")):
@@ -101,7 +106,7 @@ def read(text: str, cwd: str = "/") -> Reading:
         intent=intent,
         stages=made.docs,
         understood=made.understood,
-        unread=(*unread, *made.unread) if intent in ("train", "export") else tuple(made.unread),
+        unread=(*unread, *made.unread) if intent in ("train", "export") else (),
         questions=made.questions if intent in ("train", "export") else _which_data(intent, made.docs),
         findings=tuple(findings),
         command=tuple(command),
@@ -121,7 +126,7 @@ def _contradiction(where: str, message: str) -> Finding:
     return Finding(level="error", code="request.contradiction", message=message, where=where, fix="Say one of the two.")
 
 
-# --- words to facts -----------------------------------------------------------------------------------------------------
+# --- words to facts -------------------------------------------------------------------------------------------------
 
 
 def scan(words: Sentence) -> tuple[list[Fact], list[str]]:
@@ -157,7 +162,7 @@ def _longest(words: Sentence, at: int, least: int) -> tuple[int, list[Fact]]:
         if match is None or match.end() <= end:
             continue
         hit = Hit(words, match)
-        if rule.key == "data.name" and mention(words, match.start("W")) is not None:
+        if rule.key in ("data.name", "verb.object") and _is_ours(words, match.start("W"), rule.key):
             continue
         facts = rule.facts(hit)
         if facts:
@@ -166,22 +171,34 @@ def _longest(words: Sentence, at: int, least: int) -> tuple[int, list[Fact]]:
     return end, said
 
 
+def _is_ours(words: Sentence, at: int, key: str) -> bool:
+    """Whether the word at a place means something else than the name of a data set, or of a model nobody knows.
+
+    A word after "fine-tune" is such a name only where it looks like one: "Foo-9000", not "assistants".
+    """
+    if mention(words, at) is not None:
+        return True
+    if key == "data.name":
+        return False
+    match = _TOKEN.match(words.raw, at)
+    looks = match is not None and re.search(r"[\d_.-]|(?<=.)[A-Z]", match[0].rstrip(".-:"))
+    return not looks or any(rule.pattern.match(words.marked, at) for rule in RULES if rule.key != "data.name")
+
+
 def stages(words: Sentence, facts: Sequence[Fact]) -> list[Part]:
     """The facts of each stage: split at "then" (or a plain "and") wherever a method stands on both sides."""
-    methods = [fact.start for fact in facts if fact.key == "method"]
+    methods = [fact for fact in facts if fact.key == "method"]
     cuts = []
     for before, after in pairwise(methods):
-        if words.marked[before : before + 3] == words.marked[after : after + 3]:
-            continue
-        joins = [match.start() for match in _THEN.finditer(words.marked, before, after)]
-        if joins:
-            strong = [at for at in joins if not words.marked.startswith("and", at)]
-            cuts.append((strong or joins)[-1])
+        joins = list(_THEN.finditer(words.marked, before.start, after.start))
+        strong = [match for match in joins if match[0] not in _WEAK]
+        if strong or (joins and before.value != after.value):
+            cuts.append((strong or joins)[-1].start())
     bounds = [0, *cuts, len(words.marked) + 1]
     return [Part(tuple(fact for fact in facts if low <= fact.start < high)) for low, high in pairwise(bounds)]
 
 
-# --- what is asked -----------------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------------------------
 
 
 def command_for(intent: Intent, words: Sentence, facts: Sequence[Fact], made: Made) -> list[str]:

@@ -20,7 +20,8 @@ def _any(*patterns: str) -> re.Pattern[str]:
 _FEW = r"(?:[^ .?!]+ ){0,6}?"
 _TUNE = r"(?:fine-? ?tun\w*|finetun\w*|train\w*|sft|dpo|grpo|kto|q?lora|align\w*|teach)"
 _FIT = (
-    r"(?:works?|working|valid|suitable|compatible|ready|usable|ok|okay|good|be used|right format|correct format|fine)"
+    r"(?:works?|working|valid|suitable|compatible|ready|usable|ok|okay|good|be used|"
+    r"right format|correct format|fine(?!.?tun))"
 )
 _ENDS = (
     r"(?:done|finish(?:ed)?|completed?|running|stuck|ended|crash(?:ed)?|fail(?:ed)?|diverg\w+|converg\w+|hang(?:ing)?|"
@@ -86,7 +87,7 @@ _BASE = "(?:fine_?tun|finetun|train|tun|post_train|re_?train|instruct_tun|specia
 _MADE = "(?:trained|made|built|finished|fine_tuned|finetuned|created|produced|got|sft'd|aligned)"
 _BY_ME = f"(?:that |which )?(?:i|we|you)(?:'ve| have)?{tail('just recently already last', 3)} {_MADE}"
 _AGO = "(?: (?:earlier|before|yesterday|last|today|recently))?"
-_RUN = "(?:fine_?tun\\w+|finetun\\w+|training|experiment|run|job|lora|sft)"
+_RUN = "(?:fine_?tun\\w+|finetun\\w+|training|experiment|run|job)"
 
 VERB_RULES: tuple[Rule, ...] = (
     *say(
@@ -97,6 +98,11 @@ VERB_RULES: tuple[Rule, ...] = (
         "(?:do|run|start|launch|kick off|begin|perform|make|create|try|set up|schedule|submit|queue) "
         + lead("a an the new my some short quick small me", 4)
         + f"{_RUN}(?: (?:run|job|experiment))?",
+    ),
+    *say(
+        "verb.object",
+        lambda hit: hit.group("W"),
+        _BASE + "e? (?:the |my |our )?(?P<W>[a-z][\\w.\ue001+-]{1,80})(?= (?:on|with|using|over|for|from)\\b)",
     ),
     *say("verb.weak", True, "(?:fine_?tun(?:ing|es?|ed)|finetun(?:ing|es?|ed)|training|tuning|trained)"),
     *say(
@@ -119,6 +125,13 @@ VERB_RULES: tuple[Rule, ...] = (
         "just (?:to )?(?:try|test)(?: it)?(?: out)?",
     ),
     *say("quick", False, "(?:for |in )?production(?:_(?:run|quality|ready|grade|use))?"),
+    *say(
+        "model.size",
+        lambda hit: hit.words,
+        lead("a an the some my", 2)
+        + "(?:small |tiny |large |big )?{N}_?(?:b|m|billion|million)(?:_parameters?|_params?)?"
+        "(?: (?:base |instruct |chat |language )?(?:models?|llms?|lm))?",
+    ),
     *say(
         "plan",
         True,
@@ -152,11 +165,13 @@ VERB_RULES: tuple[Rule, ...] = (
 )
 
 
-# --- the decision -----------------------------------------------------------------------------------------------------
+# --- the decision ---------------------------------------------------------------------------------------------------
 
 Intent = Literal["train", "status", "check", "advice", "export"]
 _ANY_DATA = frozenset({"data.source", "data.name", "ref", "ref.like"})
-_ANY_TRAINING = frozenset({"verb", "verb.model", "verb.weak", "method", "method.weak", "method.unknown", "quick"})
+_ANY_TRAINING = frozenset(
+    {"verb", "verb.model", "verb.object", "verb.weak", "method", "method.weak", "method.unknown", "quick"}
+)
 
 
 def find(marked: str, keys: Set[str]) -> Intent | None:
@@ -165,8 +180,8 @@ def find(marked: str, keys: Set[str]) -> Intent | None:
     Questions are looked at before orders, because a question names methods, models and data as well.
     """
     verb, model, data = (
-        bool(keys & {"verb", "verb.model"}),
-        bool(keys & {"model.id", "verb.model"}),
+        bool(keys & {"verb", "verb.model", "verb.object"}),
+        bool(keys & {"model.id", "verb.model", "verb.object"}),
         bool(keys & _ANY_DATA),
     )
     training = bool(keys & _ANY_TRAINING)

@@ -9,16 +9,16 @@ from tunesmith.executors.kernel import catalogue
 from tunesmith.graph.sentence import Sentence
 
 _FAMILY = re.compile(
-    r"(?:qwen|qwq|(?:meta-?|code-?|tiny-?)?llama|smollm|gemma|mistral|mixtral|ministral|codestral|deepseek|falcon|chatgpt|"
-    r"gpt|olmo|granite|pythia|stablelm|starcoder|zephyr|vicuna|claude|gemini|nemotron|minicpm|internlm|tulu|"
+    r"(?:qwen|qwq|(?:meta-?|code-?|tiny-?)?llama|smollm|gemma|mistral|mixtral|ministral|codestral|deepseek|falcon|"
+    r"chatgpt|gpt|olmo|granite|pythia|stablelm|starcoder|zephyr|vicuna|claude|gemini|nemotron|minicpm|internlm|tulu|"
     r"(?:phi|yi|opt|bloom|glm|mpt|lfm|t5|command-?r)(?=-?\d|$))(?=$|[\d.-]|chat|coder|math|moe)"
 )
 _SHY = re.compile(r"(?:opt|bloom|yi|command-?r|mpt|lfm)$")
 _SIZED = re.compile(r"[a-z][\w.]*(?:-[\w.]+)*-\d+(?:\.\d+)?[bm](?:-[\w.-]+)?$")
 _TOKEN = re.compile(r"[a-z0-9][\w.+-]*")
 _PART = re.compile(
-    r"v?\d+(?:\.\d+)*|\d+(?:\.\d+)?[bm]|\d+x\d+b|a\d+b|base|instruct|it|chat|pt|mini|small|medium|tiny|large|nano|coder|"
-    r"math|nemo|next|moe|distill|r1|\d+k"
+    r"v?\d+(?:\.\d+)*|\d+(?:\.\d+)?[bm]|\d+x\d+b|a\d+b|base|instruct|it|chat|pt|mini|small|medium|tiny|large|nano|"
+    r"coder|math|nemo|next|moe|distill|r1|\d+k"
 )
 _UNIT = re.compile(
     r"(?:full |training |more )?(?:epochs?|steps?|rows?|examples?|samples?|hours?|h|minutes?|mins?|days?|gb|gib|times|"
@@ -90,7 +90,7 @@ def _is_count(sentence: Sentence, tokens: list[tuple[str, int]], index: int) -> 
 
 
 def choices(words: str, most: int = 6) -> list[str]:
-    """Catalogue ids that a loose name may mean ("llama", "qwen 3", "a 7B model"), small ones first."""
+    """Catalogue ids that a loose name may mean ("llama", "qwen 3", "a 7B model"): new ones first, then small ones."""
     names = set(re.findall(r"[a-z]{3,}", words.lower())) - {"model", "models", "instruct", "base", "chat"}
     sizes = {
         float(size) * (1 if unit == "b" else 0.001)
@@ -106,13 +106,20 @@ def choices(words: str, most: int = 6) -> list[str]:
             continue
         if not all(re.search(rf"(?<![\d.]){re.escape(version)}(?!\d)", name) for version in versions):
             continue
-        fitting.append((facts.params, not facts.instruct, facts.id))
-    return [id for _, _, id in sorted(fitting)[:most]]
+        special = bool(re.search(r"coder|math|code|distill", name))
+        fitting.append((special, -_generation(name), facts.params, not facts.instruct, facts.id))
+    return [id for *_, id in sorted(fitting)[:most]]
+
+
+def _generation(name: str) -> int:
+    """The generation in a model's name: 3 for Llama-3.2-1B; 0 where there is none."""
+    match = re.search(r"(?<![\d.])(\d)(?:\.\d)?(?![\d.]*[bmk\d])", name)
+    return int(match[1]) if match else 0
 
 
 def _named_size(name: str) -> float:
     """The size in a model's name, in billions; 0 where it has none."""
-    match = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
+    match = re.search(r"(?<![\dx.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
     return float(match[1]) * (1 if match[2] == "b" else 0.001) if match else 0.0
 
 

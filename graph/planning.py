@@ -65,7 +65,7 @@ def plan(
     return estimate(size(inspect(draft, cache), devices, cache))
 
 
-# --- intake -----------------------------------------------------------------------------------------------------
+# --- intake ---------------------------------------------------------------------------------------------------------
 
 
 def intake(request: Request, answers: Mapping[str, Any]) -> Draft:
@@ -171,7 +171,7 @@ def _checked(doc: settings.Doc, index: int, count: int, questions: Sequence[Ques
     return found
 
 
-# --- inspect -----------------------------------------------------------------------------------------------------
+# --- inspect --------------------------------------------------------------------------------------------------------
 
 
 def inspect(draft: Draft, cache: Path) -> Draft:
@@ -243,7 +243,7 @@ def _not_built(spec: JobSpec) -> list[Finding]:
     return found
 
 
-# --- size -----------------------------------------------------------------------------------------------------
+# --- size -----------------------------------------------------------------------------------------------------------
 
 
 def size(draft: Draft, devices: Devices, cache: Path) -> Draft:
@@ -354,7 +354,7 @@ def _hardware(hardware: str | Mapping[str, Any] | None) -> str:
     return repr(hardware)
 
 
-# --- estimate -----------------------------------------------------------------------------------------------------
+# --- estimate -------------------------------------------------------------------------------------------------------
 
 
 def estimate(draft: Draft) -> Plan:

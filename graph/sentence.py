@@ -17,7 +17,7 @@ from tunesmith.graph.numbers import Number, numbers
 REF, NUM, PCT, PART = "\ue000", "\ue001", "\ue002", "\ue003"
 _MARKS = {"number": NUM, "percent": PCT, "share": PART}
 
-RefKind = Literal["file", "weights", "path", "hub", "url", "job", "quoted"]
+RefKind = Literal["file", "weights", "code", "path", "hub", "url", "job", "quoted"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".text", ".md")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -42,7 +42,8 @@ _JOB = re.compile(r"(?:job:)?j-[a-z2-7]{6}(?:\.\d+)?|job:[\w.-]+|stage:\d+", re.
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w.-]+)?")
 _URL = re.compile(r"(?:https?|hf|s3|gs|az|file)://|(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 _PAGE = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(datasets/)?([\w.-]+/[\w.-]+)(?:/.*)?|hf://(datasets/)?([\w.-]+/[\w.-]+)",
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(datasets/)?([\w.-]+/[\w.-]+)(?:/.*)?|"
+    r"hf://(datasets/)?([\w.-]+/[\w.-]+)",
     re.IGNORECASE,
 )
 _COMMON = """and or yes no on off w n a y h s sec step steps hour hours token tokens input inputs output outputs prompt
@@ -130,6 +131,8 @@ def classify(token: str, start: int, end: int) -> Ref | None:
         return Ref(start, end, token, "weights", "model")
     if bare.endswith(DATA_SUFFIXES) and bare not in DATA_SUFFIXES:
         return Ref(start, end, token, "file", "data")
+    if bare.endswith(".py") and len(bare) > 3:
+        return Ref(start, end, token, "code")
     if token.startswith(("./", "../", "~/", "/")) and len(token) > 1 and not token.startswith("//"):
         return Ref(start, end, token, "path")
     if re.match(r"[A-Za-z]:\\", token):

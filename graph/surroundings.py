@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from tunesmith.graph.rules import Hit, Rule, fraction, lead, say, tail, value
-from tunesmith.graph.sentence import Ref
 from tunesmith.graph.vocabulary import OFF, ROWS
 
 DATA = "(?:data_?sets?|data|corpus|files?|training data|training set|rows|examples|samples|records|lines)"
@@ -19,7 +18,10 @@ CAP = lead(
     9,
 )
 PER = "(?! ?(?:/|per\\b|an hour|a day|each))"
-GGUF_KIND = "(?P<kind>i?q[1-8](?:_?(?:k(?:_?[sml])?|[01]|xxs|xs|nl|s|m))?|bf16|f16|f32|fp16|float16)"
+GGUF_KIND = (
+    "(?P<kind>i?q[1-8](?:_?(?:k(?:_?[sml])?|[01]|xxs|xs|nl|s|m))?|i?q\\d{1,2}(?:\\x5f\\w{1,4})+|"
+    "bf16|f16|f32|fp16|float16)"
+)
 QUANTISED = "(?: (?:quanti[sz]ation|quanti[sz]ed|quants?|precision))?"
 _GGUF = "Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_0 Q4_1 Q4_K_S Q4_K_M Q5_0 Q5_1 Q5_K_S Q5_K_M Q6_K Q8_0 F16 BF16 F32 IQ4_NL IQ4_XS"
 GGUF_KINDS = tuple(_GGUF.split())
@@ -43,8 +45,8 @@ FLAVOR = (
 _CARDS = "2060 2070 2080 3050 3060 3070 3080 3090 4000 4060 4070 4080 4090 5000 5060 5070 5080 5090 6000"
 CARDS = frozenset(_CARDS.split())
 ROLE = (
-    "(?P<role>prompts?|questions?|instructions?|inputs?|completions?|answers?|responses?|outputs?|replies|reply|targets?|"
-    "chosen|preferred|rejected|text|labels?|messages|conversations?)"
+    "(?P<role>prompts?|questions?|instructions?|inputs?|completions?|answers?|responses?|outputs?|replies|reply|"
+    "targets?|chosen|preferred|rejected|text|labels?|messages|conversations?)"
 )
 ROLES = {
     "prompt": "prompt question instruction input",
@@ -69,7 +71,7 @@ KNOWN_DATA = {
     "ultrafeedback": "HuggingFaceH4/ultrafeedback_binarized",
 }
 _EMPTY = """a an the it this that which my our on for with and to in of file data dataset model from as is has i we you
-    contains uses have are was works be should does looks"""
+    contains uses have are was hf hub huggingface hugging face local works be should does looks"""
 _NO_NAME = frozenset(_EMPTY.split())
 _COLUMN = frozenset(["column", "columns", "field", "fields", "key"])
 
@@ -95,6 +97,12 @@ def gguf(hit: Hit) -> str:
     return GGUF_SHORT.get(kind) or squeezed.get(kind.replace("_", ""), kind)
 
 
+def gguf_of_bits(hit: Hit) -> str:
+    """ "8-bit GGUF": the usual type of that width."""
+    kind = f"Q{hit.number().plain}"
+    return "F16" if kind == "Q16" else GGUF_SHORT.get(kind, kind)
+
+
 def second_part(hit: Hit) -> float | None:
     """ "90/10 split": the second part is held out."""
     first, second = hit.number("N").value, hit.number("N2").value
@@ -112,6 +120,8 @@ def flavor(hit: Hit) -> dict[str, Any]:
         return {"hardware": {"gpus": 1}, "backend": "local"}
     name = (hit.group("flavor") or "").lower().replace("_", "-").replace(" ", "-")
     name = {"a10": "a10g", "l40": "l40s"}.get(name, name)
+    if hit.has("N") and hit.number().value > 1:
+        name = f"{'a10g-large' if name in ('a10g', 'a10g-small') else name}x{hit.number().plain}"
     return {"hardware": name} | ({} if name == "h100" else {"backend": "hf-jobs"})
 
 
@@ -135,14 +145,16 @@ def data_name(hit: Hit) -> str | None:
     return KNOWN_DATA.get(name.lower(), name) or None
 
 
-def data_ref(hit: Hit) -> Ref | None:
+def data_ref(hit: Hit) -> dict[str, Any] | None:
     """A reference with words of data around it; quoted words are data only where they are said to be."""
     ref = hit.refs[0]
     before = hit.sentence.low[hit.match.start() : ref.start].split()
-    return None if ref.kind == "quoted" and (not before or before[-1] not in _SAYS_DATA) else ref
+    if ref.kind == "quoted" and (not before or before[-1] not in _SAYS_DATA):
+        return None
+    return {"data.source": ref} | ({"data.full": True} if {"full", "whole", "entire"} & set(before) else {})
 
 
-_SAYS = "on over dataset datasets data file files folder called named is in from path"
+_SAYS = "on over dataset datasets data file files folder"
 _SAYS_DATA = frozenset(_SAYS.split())
 
 
@@ -152,20 +164,23 @@ def role_of(word: str) -> str:
     return next((role for role, names in ROLES.items() if {low, low.removesuffix("s")} & set(names.split())), low)
 
 
-def column(hit: Hit) -> dict[str, Any] | None:
+def column(hit: Hit) -> dict[str, str] | None:
     """One role and its column; a file is no column, and a bare word counts only beside the word column."""
     name = hit.group("W") or ""
     quoted = [ref.kind == "quoted" for ref in hit.refs]
-    if not all(quoted) or not (quoted or "_" in name or _COLUMN & set(hit.low.split())) or name.lower() in _NO_NAME:
+    if not all(quoted) or (not quoted and name.lower() in _NO_NAME):
         return None
-    return {"columns.role": {role_of(hit.group("role") or ""): name}}
+    if not (quoted or "_" in name or _COLUMN & set(hit.low.split())):
+        return None
+    return {role_of(hit.group("role") or ""): name}
 
 
 def instead(hit: Hit) -> dict[str, str] | None:
     """ "good and bad instead of chosen and rejected": role -> the column it has here."""
     theirs = [hit.group(name) for name in ("W", "W2") if hit.has(name)]
     ours = [hit.group(name) for name in ("W3", "W4") if hit.has(name)]
-    return {role_of(role): name for role, name in zip(ours, theirs, strict=False) if role and name} or None
+    found = {role_of(role): name for role, name in zip(ours, theirs, strict=False) if role and name}
+    return found if found and set(found) <= set(ROLES) else None
 
 
 def columns(hit: Hit) -> tuple[str, ...] | None:
@@ -187,6 +202,13 @@ DATA_RULES: tuple[Rule, ...] = (
         "(?:limit|restrict|cap|cut)(?:ed)?" + tail("it the data rows dataset down to at", 4) + f" {{N}}(?: {ROWS})?",
         "(?:max_|num_|n_)(?:train_)?(?:samples|rows|examples){IS}{N}",
         "(?:limit|rows|samples|examples){IS}{N}",
+    ),
+    *say(
+        "",
+        lambda hit: {"data.limit": value(hit), "data.random": hit.words},
+        lead("on using with a only just use", 3)
+        + f"{{N}} (?:random(?:ly)?|randomly (?:chosen|selected|sampled)) {ROWS}",
+        f"(?:a )?random (?:sample|subset|selection) of {{N}}(?: {ROWS})?",
     ),
     *say(
         "data.fraction",
@@ -230,8 +252,10 @@ COLUMN_RULES: tuple[Rule, ...] = (
         "columns.instead",
         instead,
         lead("has have with uses use using the its are is named called columns column fields it names", 5)
-        + "{W},? (?:and|&|/) {W2} (?:instead of|rather than|not) (?:the )?{W3},? (?:and|&|/|or) {W4}",
-        "(?:uses|use|has|have|called|named|calls it|says|with|is) {W} (?:instead of|rather than) (?:the )?{W3}",
+        + "{W},? (?:and|&|/) {W2}(?: columns?| fields?)? (?:instead of|rather than|not) (?:the )?"
+        "{W3},? (?:and|&|/|or) {W4}",
+        lead("uses use has have called named with is and the it", 4)
+        + "{W}(?: columns?)? (?:instead of|rather than) (?:the )?{W3}",
     ),
     *say(
         "columns",
@@ -240,12 +264,12 @@ COLUMN_RULES: tuple[Rule, ...] = (
         + "(?:\ue000++(?:, |,? and |,? & |/|,? or | )){1,5}{R}(?: (?:columns?|fields?|keys?))?",
     ),
     *say(
-        "",
+        "columns.role",
         column,
         f"(?:the |my |its )?{ROLE}"
         + tail("column field key text is are in called named lives under comes from the it's")
         + "{IS}{W}(?: (?:column|field|key))?",
-        lead("use with column field the take")
+        lead("use using with and column field the take")
         + f"{{W}}(?: (?:column|field))? (?:as|for) (?:the )?{ROLE}(?: (?:column|field))?",
     ),
 )
@@ -335,6 +359,7 @@ PLACE_RULES: tuple[Rule, ...] = (
         flavor,
         lead("on using with in my our own local a an the single use nvidia hf", 6)
         + f"{FLAVOR}(?: (?:gpu|instance|machine|flavor|hardware|node))?",
+        lead("on using with in my our own local the use", 3) + f"{{N}} ?x? ?(?:nvidia )?{FLAVOR}s?(?: gpus?)?",
     ),
 )
 
@@ -434,6 +459,7 @@ DELIVER_RULES: tuple[Rule, ...] = (
         lead("as in with to a at using the", 3) + GGUF_KIND + QUANTISED + " gguf(?: (?:file|format))?",
         lead("as in with to a at using the", 3) + GGUF_KIND.replace("|bf16|f16|f32|fp16|float16", "") + QUANTISED,
     ),
+    *say("deliver.gguf", gguf_of_bits, lead("as in with to a at using the", 3) + "{N}_bits? gguf(?: (?:file|format))?"),
     *say(
         "gguf.some",
         True,
@@ -459,17 +485,17 @@ REFERENCE_RULES: tuple[Rule, ...] = (
         "eval.source",
         lambda hit: hit.group("R"),
         lead("and then with", 2)
-        + f"(?:evaluate|validate|{HELD})"
-        + tail("it the model result set split data file rows on with against using is from in are")
-        + " {R}",
-        "{R} (?:for|as) " + lead("the a", 2) + f"{HELD}(?: (?:set|split|data))?",
+        + f"(?:(?:evaluate|validate|test)(?: (?:it|the|model|result|on|with|against|using)){{1,6}}|{HELD}"
+        + tail("the set split data file rows on with is from in are")
+        + ") {R}",
+        lead("with using use and", 2) + "{R} (?:for|as) " + lead("the a", 2) + f"{HELD}(?: (?:set|split|data))?",
     ),
     *say(
-        "data.source",
+        "",
         data_ref,
         "(?:(?:train|training|trained|learn|learning|tune|tuned|run|running) )?"
         + lead(
-            "on over of data_?sets? data corpus file files folder the my our this these a local set training hub "
+            "on over of data_?sets? data corpus file files folder the my our this these a local set training hub hf "
             "hugging_?face called named found from at in path directory csv json jsonl parquet to is are located "
             "stored lives live sits full whole entire examples rows source using use and there's",
             10,
@@ -483,11 +509,13 @@ REFERENCE_RULES: tuple[Rule, ...] = (
     *say(
         "model.id",
         lambda hit: hit.refs[0],
-        "(?:based on|base_?(?: model)?(?: is| of)?|starting from|start(?:ing)? (?:from|with)|continue from|on top of|"
+        lead("the my our a", 2)
+        + "(?:based on|base_?(?: model)?(?: is| of)?|starting from|start(?:ing)? (?:from|with)|continue from|on top of|"
         "from (?:the )?(?:model|checkpoint|base)|models?(?: is| called| named| at| in)?|checkpoint(?: at)?|weights)"
-        + tail("the my a our model base is at in", 3)
+        + tail("the my a our model base is at in from", 3)
         + "{IS}{R}(?: model)?",
-        "{R} (?:models?|checkpoint|weights|as (?:the |a |my )*(?:base|model|starting point)(?: model)?)",
+        "(?:the |my |our |a )?{R} (?:models?|checkpoint|weights|"
+        "as (?:the |a |my )*(?:base|model|starting point)(?: model)?)",
     ),
     *say(
         "ref",

@@ -28,6 +28,11 @@ def kind(hit: Hit) -> str:
     return (hit.group("kind") or "").lower().replace(" ", "_").replace("-", "_")
 
 
+def lora_rank(hit: Hit) -> dict[str, object]:
+    """ "LoRA rank 16"."""
+    return {"adapter.kind": "lora", "adapter.rank": value(hit)}
+
+
 def both(hit: Hit) -> dict[str, int | float]:
     """ "Evaluate and checkpoint every 100 steps"."""
     return {"train.save_steps": value(hit), "train.eval_steps": value(hit)}
@@ -99,7 +104,13 @@ ADAPTER_RULES: tuple[Rule, ...] = (
         f"{OFF} (?:a |an |the )?(?:lora|adapters?|peft)",
         "fft",
     ),
-    *say("adapter.rank", value, f"{WITH}(?:lora_)?(?:rank|r){{IS}}{{N}}", "{N}_rank", "lora_dim(?:ension)?{IS}{N}"),
+    *say("adapter.rank", value, f"{WITH}(?:rank|r){{IS}}{{N}}", "{N}_rank"),
+    *say(
+        "",
+        lora_rank,
+        f"{WITH}lora_(?:adapters? )?(?:with |of )?(?:a )?(?:rank|r|dim(?:ension)?){{IS}}{{N}}",
+        "{N} (?:rank lora|lora rank)",
+    ),
     *say("adapter.alpha", value, f"{WITH}(?:lora_)?alpha{{IS}}{{N}}", "{N} alpha"),
     *say("adapter.dropout", value, f"{WITH}(?:lora_)?dropout{{IS}}{{A}}", "{P} dropout"),
     *say("adapter.dropout", 0, f"{OFF} dropout"),
@@ -150,7 +161,7 @@ LENGTH_RULES: tuple[Rule, ...] = (
         "train.warmup_steps",
         value,
         f"{WITH}{{N}}_(?:steps? (?:of )?)?warm_?up(?: steps?)?",
-        f"{WITH}warm_?up(?: steps?)?(?: for| over)?{{IS}}{{N}}(?: steps?)?",
+        f"{WITH}warm_?up(?:_steps?)?(?: for| over)?{{IS}}{{N}}(?: steps?)?",
     ),
     *say("train.warmup_steps", 0, f"{OFF} warm_?up(?: steps?)?"),
     *say(
@@ -274,6 +285,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
         f"{WITH}early_stop(?:ping)?"
         + tail("after with a patience of when it")
         + "{IS}{N}(?: (?:evals?|evaluations?|rounds?))?",
+        "(?:with )?early_stop(?:ping)?,? (?:with |and )?(?:a )?patience{IS}{N}",
         "patience{IS}{N}",
     ),
     *say("train.early_stopping", 3, f"{WITH}early_stop(?:ping)?", "stop early"),
@@ -299,5 +311,6 @@ TUNING_RULES: tuple[Rule, ...] = (
         "grpo.rewards",
         lambda hit: (hit.group("R"),),
         f"{WITH}(?:my |custom )*rewards?" + tail("function functions file from in is are") + " {R}",
+        lead("with use using and", 2) + "{R} (?:as|for|is) (?:the |a |my )*rewards?(?: functions?)?",
     ),
 )
