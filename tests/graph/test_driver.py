@@ -232,6 +232,13 @@ def test_a_step_that_kills_its_process_is_given_up_in_the_end(tmp_path):
     died(tmp_path, "intake", "inspect")  # after an orderly end it counts anew
 
 
+def test_only_a_step_that_reads_what_people_wrote_is_given_up(tmp_path):
+    for _ in range(3 * CRASHES):
+        died(tmp_path, "submit")
+    with Turn.hold(tmp_path, threading.Event(), 1) as turn:
+        turn.enter("submit")
+
+
 def test_a_death_before_the_step_is_reached_again_is_not_counted(tmp_path):
     died(tmp_path, "intake", "inspect")
     for _ in range(CRASHES):
@@ -297,7 +304,7 @@ def soak(drivers, store, jobs, kills, seed, together=1):
         assert time.monotonic() < until, {job: store.doc(job)["state"] for job in jobs}
         pids = {pid: due for pid, due in pids.items() if jobstore._alive(pid)}
         while len(pids) < together:
-            pids[drivers.start()] = time.monotonic() + chance.uniform(0.0, 0.3)
+            pids[drivers.start()] = time.monotonic() + chance.uniform(0.0, 0.6)
         live(store)
         for pid, due in pids.items():
             if made < kills and time.monotonic() >= due:

@@ -596,6 +596,8 @@ if {control}:
     graph.add_node("a", lambda state: state)
     graph.set_entry_point("a")
     graph.compile().invoke({{"x": 1}})
+    from langsmith.run_trees import get_cached_client
+    get_cached_client().flush()
 from langchain_core.tracers.langchain import wait_for_all_tracers
 wait_for_all_tracers()
 """
