@@ -11,7 +11,7 @@ from tunesmith.executors.kernel import catalogue
 from tunesmith.graph.naming import Mention, choices, looks_like_model
 from tunesmith.graph.sentence import Ref
 from tunesmith.graph.surroundings import GGUF_KINDS, ROLES, role_of
-from tunesmith.orchestrator.nouns import Finding, Question, Resolved
+from tunesmith.orchestrator.nouns import Finding, Question, Resolved, plain
 
 SHARED = ("backend", "hardware", "limits.usd", "limits.hours", "limits.memory_gb", "name")
 SUGGESTED = ("smollm2-135m", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "meta-llama/Llama-3.2-1B-Instruct", "Qwen/Qwen3-4B")
@@ -72,7 +72,7 @@ class Made:
 
     def tell(self, stage: int, key: str, value: Any, words: str) -> None:
         """Note what was understood, and behind which words."""
-        self.told.setdefault((stage, key), Resolved(key=key, value=value, why=words))
+        self.told.setdefault((stage, key), Resolved(key=key, value=plain(value), why=words))
 
     def error(self, code: str, message: str, where: str = "", fix: str = "") -> None:
         """An error finding."""

@@ -69,6 +69,9 @@ ADVICE = _any(
     r"\brecommend\w*|\bexplain\b|\bhelp\b|\bdifference between\b|\bis it (?:better|ok|possible|worth)",
     r"\bany (?:advice|tips|idea)\b|\badvice\b|\bfix (?:this|it|that)\b|\bbest\b",
 )
+TOPIC = re.compile(
+    r"\b(?:learning rate|rank|epochs?|batch|lora|adapter|tun(?:e|ing)|models?|gpus?|vram|memory|train\w*|data\w*)\b"
+)
 HOW_TO_TRAIN = re.compile(
     r"\bhow (?:do|can|could|should|would|to|shall) (?:i |we |you |one )?(?:\w+ ){0,2}?" + _TUNE + r"\b"
 )
@@ -198,7 +201,7 @@ def find(marked: str, keys: Set[str]) -> Intent | None:
     if "columns.instead" in keys and not (verb or model):
         return "advice"
     asked = ADVICE.search(marked) and not FITS.match(marked)
-    if asked and not (model and data) and (training or model or data or keys - {"job.noun"}):
+    if asked and not (model and data) and (training or model or data or keys - {"job.noun"} or TOPIC.search(marked)):
         return "advice"
     if any(key.startswith(("deliver.", "gguf.", "push.")) for key in keys) and not (verb or data or "method" in keys):
         return "export" if EXPORT.search(marked) else None

@@ -11,7 +11,7 @@ Nothing here trains, stores, or loads torch, transformers, langgraph or pydantic
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,11 @@ def intake(request: Request, answers: Mapping[str, Any]) -> Draft:
             doc["backend"] = request.backend
     questions = tuple(item for item in reading.questions if not _settled(item, docs, said))
     findings = [item for item in reading.findings if not _overruled(item, said)]
-    checked = [_checked(doc, index, len(docs), questions) for index, doc in enumerate(docs)]
+    open_fields = {item.field for item in questions} | {item.where for item in findings if item.level == "error"}
+    checked = [_checked(doc, index, len(docs), open_fields) for index, doc in enumerate(docs)]
     findings += [*refused, *(item for each in checked for item in each)]
     draft = replace(draft, questions=questions, findings=tuple(findings))
-    if questions or refused or any(checked):
+    if questions or refused or any(checked) or not all(doc.get("model") and doc.get("data") for doc in docs):
         return draft
     return draft.with_stages(
         [
@@ -155,10 +156,9 @@ def _overruled(finding: Finding, said: Mapping[str, Any]) -> bool:
     )
 
 
-def _checked(doc: settings.Doc, index: int, count: int, questions: Sequence[Question]) -> list[Finding]:
-    """What is wrong with a document, less what a question already asks for."""
+def _checked(doc: settings.Doc, index: int, count: int, asked: Set[str]) -> list[Finding]:
+    """What is wrong with a document, less what is missing where a question or a finding already says so."""
     prefix = f"stages.{index}." if count > 1 else ""
-    asked = {question.field for question in questions}
     found = []
     for item in problems(doc):
         where = f"{prefix}{item.where}"
@@ -276,7 +276,7 @@ def _sized(stage: StageDraft, draft: Draft, known: Sequence[Device], cache: Path
         spec, sized, time, resolved, notes = sizing.resolve(stage.spec, facts, stage.data, chosen)
     except TunesmithError as error:
         return stage.noting(*findings, finding_of(error))
-    resolved = [*stage.resolved, *resolved]
+    resolved = [*stage.resolved, *(replace(item, value=plain(item.value)) for item in resolved)]
     if spec.backend != chosen.backend:
         resolved.append(Resolved(key="backend", value=chosen.backend, why="the first that is ready and fits"))
         spec = replace(spec, backend=chosen.backend)

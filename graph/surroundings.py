@@ -384,6 +384,7 @@ LIMIT_RULES: tuple[Rule, ...] = (
         f"{CAP}{{N}} ?\\${PER}",
         f"{CAP}{{N}}_(?:us )?(?:dollars?|usd|bucks?){PER}",
     ),
+    *say("limits.usd", lambda hit: -value(hit), f"{CAP}-\\$ ?{{N}}"),
     *say("limits.usd", lambda hit: value(hit) / 100, f"{CAP}{{N}} cents?"),
     *say(
         "limits.usd",

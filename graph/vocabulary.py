@@ -73,7 +73,7 @@ METHOD_RULES: tuple[Rule, ...] = (
         "method.weak", "kto", "thumbs?_up(?:(?: and | or |/)thumbs?_down)?(?: data| labels)?", "unpaired preferences?"
     ),
     *say("method", "rloo", "rloo"),
-    *say("method", "reward", "(?:a )?reward_model(?:l?ing)?"),
+    *say("method", "reward", f"{WITH}(?:a )?reward_model(?:l?ing)?"),
     *say("method", "distill", "distil(?:l|lation|ling)?", "knowledge distillation"),
     *say("method.unknown", lambda hit: hit.words, "(?:ppo|orpo|simpo|cpo|gspo|bco|reinforce\\+\\+|nash_?md|xpo)"),
 )
