@@ -378,7 +378,7 @@ def test_planning_loads_nothing_heavy(rows, tmp_path):
         "import sys, json; from pathlib import Path\n"
         "from tunesmith.graph.planning import plan\n"
         "from tunesmith.orchestrator.nouns import Device, Request\n"
-        "cpu = Device(backend='local', hardware='cpu', kind='cpu', memory_bytes=2**34, peak_flops=1e11, bandwidth=1e10)\n"
+        "cpu = Device(backend='local', hardware='cpu', kind='cpu', memory_bytes=2**34)\n"
         "request = Request(text='SFT smollm2-135m on rows.jsonl', cwd=sys.argv[1])\n"
         "made = plan(request, devices=lambda b: [cpu], cache=Path(sys.argv[1]))\n"
         "assert made.stages and not made.errors\n"
