@@ -7,6 +7,7 @@ gain nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -41,6 +42,15 @@ def cpu_prefers_bf16(info: str | None = None) -> bool:
 def has_bf16(device: Device) -> bool:
     """Whether a GPU computes in bfloat16 (Ampere and later)."""
     return device.kind == "cuda" and not _NO_BF16.search(device.hardware)
+
+
+def no_8bit(device: Device) -> str | None:
+    """Why the 8-bit optimizer cannot be had on a device; None where it can, as far as can be told from here."""
+    if device.kind != "cuda":
+        return f"It needs an NVIDIA GPU; {device.hardware} is none."
+    if device.backend == "local" and importlib.util.find_spec("bitsandbytes") is None:
+        return "It needs the package bitsandbytes (pip install bitsandbytes)."
+    return None
 
 
 def dtype(device: Device, full: bool) -> tuple[str, str]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
-from tunesmith.executors.kernel.sizing import defaults, size, time
+from tunesmith.executors.kernel.sizing import advice, defaults, size, time
 from tunesmith.executors.kernel.sizing.size import Kind, Layout, in_gib
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import (
@@ -30,10 +30,6 @@ from tunesmith.orchestrator.nouns import (
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # a micro-batch of more tokens is no faster
 SEQUENCES = {"dpo": 2, "reward": 2}  # sequences that one row makes
-UNBUILT = {  # what this version's kernel refuses, with the reason
-    ("adapter.kind", "qlora"): "Training on 4-bit weights is not in this version.",
-    ("train.optimizer", "adamw-8bit"): "The 8-bit optimizer is not in this version.",
-}
 
 
 def unknown_model(ref: ModelRef) -> InputError:
@@ -64,8 +60,8 @@ def resolve(
     layout, micro = fitting.fit()
     chosen = fitting.schedule(layout, micro)
     sized = fitting.size(layout, micro)
-    fitting.notes(sized)
-    return chosen, sized, fitting.time, fitting.resolved, fitting.findings
+    findings = [*fitting.findings, *advice.notes(spec, chosen, facts, report, device, timed=fitting.time is not None)]
+    return chosen, sized, fitting.time, fitting.resolved, findings
 
 
 @dataclass(slots=True)
@@ -121,11 +117,6 @@ class _Fitting:
         cap = self.spec.limits.memory_gb
         return min(self.device.memory_bytes, int(cap * size.GIB)) if cap is not None else self.device.memory_bytes
 
-    @staticmethod
-    def built(key: str, value: str) -> bool:
-        """Whether the kernel of this version takes a value."""
-        return (key, value) not in UNBUILT
-
     def tokens_of(self, rows: int) -> tuple[int, int]:
         """(most tokens in a micro-batch of so many rows, its longest sequence)."""
         spec, length, known = self.spec, int(self.values["train.max_length"]), self.report.tokens
@@ -149,7 +140,7 @@ class _Fitting:
             "facts": self.facts,
             "kind": cast(Kind, kind),
             "rank": int(self.values["adapter.rank"]),
-            "targets": tuple(self.values["adapter.targets"]),
+            "targets": size.target_names(self.facts, tuple(self.values["adapter.targets"])),
             "dtype": str(self.values["train.dtype"]),
             "tokens": tokens,
             "longest": longest,
@@ -160,16 +151,23 @@ class _Fitting:
         }
         return Layout(**{**values, **changes})
 
+    def _dtypes(self) -> list[str]:
+        """The type chosen; where that is float32 for want of bfloat16, float16 too, which losses are scaled for."""
+        chosen = str(self.values["train.dtype"])
+        free = self._given("train.dtype") == "auto" and self.device.kind == "cuda" and chosen == "float32"
+        overflows = self.facts.model_type.startswith("gemma")
+        return [chosen, "float16"] if free and not overflows else [chosen]
+
     def _knobs(self) -> Iterator[tuple[str, str, bool]]:
         """(adapter kind, optimizer, checkpointing) in the order they are tried; the user's values only."""
         train, adapter, cuda = self.spec.train, self.spec.adapter, self.device.kind == "cuda"
         kinds: list[str] = [adapter.kind]
         if adapter.kind == "auto":
-            kinds = ["lora", "qlora"] if cuda and self.built("adapter.kind", "qlora") else ["lora"]
+            kinds = ["lora", "qlora"] if cuda and advice.built("adapter.kind", "qlora") else ["lora"]
         flags = [False, True] if train.activation_checkpointing == "auto" else [train.activation_checkpointing]
         for kind in kinds:
             optimizers: list[str] = ["adamw"] if train.optimizer == "auto" else [train.optimizer]
-            if train.optimizer == "auto" and kind == "none" and cuda and self.built("train.optimizer", "adamw-8bit"):
+            if train.optimizer == "auto" and kind == "none" and defaults.no_8bit(self.device) is None:
                 optimizers.append("adamw-8bit")
             for optimizer in optimizers:
                 for flag in flags:
@@ -187,11 +185,12 @@ class _Fitting:
     def fit(self) -> tuple[Layout, int]:
         """The first knobs that fit with their largest micro-batch; the least that could be tried where none do."""
         last: tuple[Layout, int] | None = None
-        for kind, optimizer, flag in self._knobs():
-            for rows in self._rows_at_once():
-                last = self.layout(kind, rows, flag, optimizer), rows
-                if size.fits(last[0], self.budget):
-                    return self._settle(*last)
+        for dtype in self._dtypes():
+            for kind, optimizer, flag in self._knobs():
+                for rows in self._rows_at_once():
+                    last = self.layout(kind, rows, flag, optimizer, dtype=dtype), rows
+                    if size.fits(last[0], self.budget):
+                        return self._settle(*last)
         if last is None:
             raise AssertionError("there is always something to try")
         return self._settle(*last)
@@ -205,6 +204,9 @@ class _Fitting:
             "qlora": f"in 16 bits the model does not fit into {share}; its weights are held in 4 bits",
         }
         self._set("adapter.kind", layout.kind, reason.get(layout.kind, ""))
+        if layout.dtype != self.values["train.dtype"]:
+            why = f"{self.device.hardware} has no bfloat16, and float32 does not fit into {share}; losses are scaled"
+            self._set("train.dtype", layout.dtype, why)
         why = f"the most that is fast and fits into {share}; {count} of them make a step of {effective} rows"
         self._set("train.micro_batch", rows, why)
         why = (
@@ -285,7 +287,7 @@ class _Fitting:
         effective = int(self.values["train.effective_batch"])
         peak, fits = size.peak(layout), size.fits(layout, self.budget)
         if not fits:
-            self.findings.append(self._does_not_fit(layout, peak))
+            self.findings.append(advice.does_not_fit(layout, self.device, self.budget, self.tokens_of(1)))
         return Size(
             params=self.facts.params,
             trainable=size.trainable(layout.facts, layout.kind, layout.rank, layout.targets),
@@ -300,137 +302,6 @@ class _Fitting:
             quantization="nf4" if layout.kind == "qlora" else None,
             rank=None if layout.kind == "none" else layout.rank,
         )
-
-    def _does_not_fit(self, layout: Layout, peak: Estimate) -> Finding:
-        safe = size.SAFE_SHARE[self.device.kind]
-        where = f"{self.device.hardware} has {in_gib(self.device.memory_bytes)}"
-        if self.budget < self.device.memory_bytes:
-            where = f"limits.memory_gb allows {in_gib(self.budget)}"
-        ways = self._ways(layout)
-        needs = math.ceil(peak.high / safe / size.GIB)
-        ways.append(f"a device with {needs} GiB")
-        return Finding(
-            level="error",
-            code="size.does_not_fit",
-            message=f"It needs about {in_gib(peak.expected)} (up to {in_gib(peak.high)}); {where}, "
-            f"of which {in_gib(safe * self.budget)} can be planned with.",
-            where="limits.memory_gb" if self.budget < self.device.memory_bytes else f"hardware {self.device.hardware}",
-            fix="This would fit: " + "; ".join(ways) + ".",
-        )
-
-    def _ways(self, layout: Layout) -> list[str]:
-        """What would make it fit: the fewest changes, those with the same result first, then smaller models."""
-        tokens, longest = self.tokens_of(1)
-        steps: list[tuple[str, dict[str, Any]]] = [
-            ("train.micro_batch=1 (same result)", {"tokens": tokens}),
-            ("train.activation_checkpointing=true (same result, slower)", {"checkpointing": True}),
-            (
-                "adapter.kind=lora (an adapter instead of all weights)",
-                {"kind": "lora"} if layout.kind == "none" else {},
-            ),
-        ]
-        if layout.dtype == "float32" and (self.device.kind == "cpu" or defaults.has_bf16(self.device)):
-            steps.append(("train.dtype=bfloat16", {"dtype": "bfloat16"}))
-        if self.device.kind == "cuda" and self.built("adapter.kind", "qlora"):
-            steps.append(("adapter.kind=qlora (the model in 4 bits)", {"kind": "qlora"}))
-        for shorter in (longest // 2, longest // 4):
-            if shorter >= 128:
-                cut = {"tokens": tokens * shorter // longest, "longest": shorter}
-                steps.append((f"train.max_length={shorter} (leaves longer rows out)", cut))
-        ways, said, other = [], {}, layout
-        for text, change in steps:
-            if all(getattr(other, name) == value for name, value in change.items()):
-                continue
-            if (tighter := other.but(**change)) and size.peak(tighter).high >= size.peak(other).high:
-                continue
-            other = tighter
-            said[text.partition("=")[0]] = text
-            if size.fits(other, self.budget):
-                ways.append(" with ".join(said.values()))
-                break
-        for smaller in _smaller(self.facts):
-            kinds = [layout.kind, "lora"] if layout.kind == "none" else [layout.kind]
-            for kind in kinds:
-                fitted = layout.but(facts=smaller, targets=tuple(smaller.linears), kind=kind, tokens=tokens)
-                if size.fits(fitted, self.budget):
-                    ways.append(smaller.id + (" with adapter.kind=lora" if kind != layout.kind else ""))
-                    break
-        return ways
-
-    def notes(self, sized: Size) -> None:
-        """Findings that stop nothing."""
-        report, train = self.report, self.spec.train
-
-        def note(level: Literal["warning", "info"], code: str, message: str, where: str, fix: str = "") -> None:
-            self.findings.append(Finding(level=level, code=code, message=message, where=where, fix=fix))
-
-        if report.used_rows is None or report.tokens is None:
-            what = f"rows of {sized.max_length:,} tokens" if train.max_length == "auto" else "full-length rows"
-            note(
-                "info",
-                "size.assumed",
-                f"The data could not be read from here: memory is planned for {what}, and "
-                + ("the time is not known." if self.time is None else "the time is a rough range."),
-                "data",
-                "Give train.max_length and train.max_steps to narrow it.",
-            )
-        if sized.max_length > self.facts.context:
-            note(
-                "warning",
-                "train.beyond_context",
-                f"train.max_length={sized.max_length:,} is beyond the model's {self.facts.context:,}-token context.",
-                "train.max_length",
-                f"Set it to {self.facts.context:,} or less.",
-            )
-        known = report.tokens
-        if known is not None and train.max_length == "auto" and known.max > sized.max_length:
-            note(
-                "warning",
-                "train.rows_too_long",
-                f"Some rows are longer than {sized.max_length:,} tokens (the longest seen has {known.max:,}).",
-                "train.max_length",
-                f"Set train.max_length={known.max:,} to train on all of them.".replace(",", ""),
-            )
-        for (key, value), why in UNBUILT.items():
-            if self._given(key) == value:
-                self.findings.append(
-                    Finding(
-                        level="error",
-                        code=f"{key.partition('.')[0]}.unavailable",
-                        message=f"{key}={value} cannot be trained. {why}",
-                        where=key,
-                        fix=f"Leave {key} to auto.",
-                    )
-                )
-        effective = int(self.values["train.effective_batch"])
-        if train.micro_batch != "auto" and train.micro_batch > effective:
-            note(
-                "warning",
-                "train.micro_batch_unused",
-                f"A step has {effective} rows, so a micro-batch of {train.micro_batch} is never full.",
-                "train.micro_batch",
-                f"Set it to {effective} or less, or raise train.effective_batch.",
-            )
-        unknown = [name for name in self.values["adapter.targets"] if name not in self.facts.linears]
-        if unknown and self.spec.adapter.kind != "none":
-            note(
-                "warning",
-                "adapter.targets_unknown",
-                f"{self.facts.id} has no linear layer {unknown[0]!r:.60} in its blocks.",
-                "adapter.targets",
-                f"It has {', '.join(self.facts.linears)}.",
-            )
-
-
-def _smaller(facts: ModelFacts) -> list[ModelFacts]:
-    """The next two smaller sizes of the same family and kind, by the name most like this one's."""
-    sizes: dict[int, list[ModelFacts]] = {}
-    for model in catalogue.known():
-        if model.family == facts.family and model.instruct == facts.instruct and model.params < facts.params:
-            sizes.setdefault(model.params, []).append(model)
-    nearest = sorted(sizes, reverse=True)[:2]
-    words = set(facts.id.split("-"))
-    return [max(sizes[count], key=lambda model: len(words & set(model.id.split("-")))) for count in nearest]
 
 
 _ORDER = (

@@ -98,6 +98,12 @@ def _key(layout: Layout) -> tuple[str, int]:
     return ("lora" if layout.kind == "qlora" else layout.kind), BYTES[layout.dtype]
 
 
+def target_names(facts: ModelFacts, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The linear layers of a block that targets mean: last names, or all of them for peft's "all-linear"."""
+    last = [name.rpartition(".")[2] for name in wanted]
+    return tuple(name for name in facts.linears if name in last or "all-linear" in last)
+
+
 def trainable(facts: ModelFacts, kind: Kind, rank: int, targets: tuple[str, ...]) -> int:
     """How many parameters are trained: rank x (inputs + outputs) for each target, and DoRA's magnitudes."""
     if kind == "none":

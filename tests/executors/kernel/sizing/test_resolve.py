@@ -169,11 +169,36 @@ def test_a_memory_cap_is_kept(make):
 
 @pytest.mark.parametrize("adapter, train, code", [
     (AdapterSpec(kind="qlora"), TrainSpec(), "adapter.unavailable"),
-    (AdapterSpec(), TrainSpec(optimizer="adamw-8bit"), "train.unavailable"),
 ])  # fmt: skip
 def test_what_the_kernel_cannot_do_yet_is_an_error_before_the_run(make, adapter, train, code):
     *_, findings = resolve(make.spec(adapter=adapter, train=train), find("qwen3-0.6b"), make.report(), make.gpu("h100"))
     assert codes(findings, "error") == {code}
+
+
+def test_the_8bit_optimizer_needs_a_gpu_and_its_package(make):
+    task = make.spec(adapter=AdapterSpec(kind="none"), train=TrainSpec(optimizer="adamw-8bit"))
+    *_, findings = resolve(task, find("smollm2-135m"), make.report(), make.cpu())
+    assert codes(findings, "error") == {"train.unavailable"}
+    remote = replace(make.gpu("h100"), backend="hf-jobs")
+    _, size, _, _, findings = resolve(task, find("smollm2-135m"), make.report(), remote)
+    assert codes(findings) == set()
+    assert size.parts["optimizer"] == 2 * size.trainable
+    tight = replace(make.gpu("h100", 30), backend="hf-jobs")  # 1.7 B: 16 bytes a parameter do not fit, 10 do
+    spec, size, *_ = resolve(make.spec(adapter=AdapterSpec(kind="none")), find("qwen3-1.7b"), make.report(), tight)
+    assert size.fits
+    assert spec.train.optimizer == "adamw-8bit"
+
+
+def test_float16_only_where_float32_does_not_fit(make):
+    small = resolve(make.spec(), find("qwen3-0.6b"), make.report(), make.gpu("t4"))[0]
+    spec, size, _, resolved, _ = resolve(make.spec(), find("qwen3-4b"), make.report(), make.gpu("t4"))
+    assert small.train.dtype == "float32"
+    assert size.fits
+    assert spec.train.dtype == "float16"
+    assert "no bfloat16" in next(item.why for item in resolved if item.key == "train.dtype")
+    overflows = resolve(make.spec(), find("gemma-3-4b-it"), make.report(), make.gpu("t4"))
+    assert overflows[0].train.dtype == "float32"
+    assert not overflows[1].fits
 
 
 def test_warnings(make):
@@ -187,9 +212,20 @@ def test_warnings(make):
         make.spec(train=TrainSpec(micro_batch=64, effective_batch=8)), facts, make.report(), make.gpu("h100")
     )
     assert codes(findings) == {"train.micro_batch_unused"}
-    wrong = AdapterSpec(targets=("query_key_value",))
-    *_, findings = resolve(make.spec(adapter=wrong), facts, make.report(), make.gpu("h100"))
-    assert codes(findings) == {"adapter.targets_unknown"}
+
+
+def test_targets(make):
+    facts = find("qwen3-0.6b")
+    wrong = make.spec(adapter=AdapterSpec(targets=("query_key_value",)))
+    *_, findings = resolve(wrong, facts, make.report(), make.gpu("h100"))
+    assert codes(findings, "error") == {"adapter.targets"}
+    usual = resolve(make.spec(), facts, make.report(), make.gpu("h100"))[1]
+    for names in (("all-linear",), tuple(f"mlp.{name}" for name in facts.linears)):
+        _, size, _, _, findings = resolve(
+            make.spec(adapter=AdapterSpec(targets=names)), facts, make.report(), make.gpu("h100")
+        )
+        assert not findings
+        assert size.trainable == usual.trainable
 
 
 @pytest.mark.parametrize(

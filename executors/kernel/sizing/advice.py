@@ -1,0 +1,174 @@
+"""What to tell a person about a fitted job: what would fit where it does not, and what is unusual where it does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tunesmith.executors.kernel import catalogue
+from tunesmith.executors.kernel.catalogue import ModelFacts
+from tunesmith.executors.kernel.sizing import defaults, size
+from tunesmith.executors.kernel.sizing.size import Layout, in_gib
+from tunesmith.orchestrator.nouns import DataReport, Device, Finding, JobSpec
+
+UNBUILT = {  # what this version's kernel refuses, with the reason
+    ("adapter.kind", "qlora"): "Training on 4-bit weights is not in this version.",
+}
+
+
+def built(key: str, value: str) -> bool:
+    """Whether the kernel of this version takes a value."""
+    return (key, value) not in UNBUILT
+
+
+# --- what would fit ------------------------------------------------------------------------------------------------
+
+
+def does_not_fit(layout: Layout, device: Device, budget: int, one: tuple[int, int]) -> Finding:
+    """The error for what does not fit, with what would. `one`: (tokens, longest sequence) of a single row."""
+    safe, peak = size.SAFE_SHARE[device.kind], size.peak(layout)
+    capped = budget < device.memory_bytes
+    there = f"limits.memory_gb allows {in_gib(budget)}" if capped else f"{device.hardware} has {in_gib(budget)}"
+    ways = [*_fewest_changes(layout, device, budget, one), *_smaller_models(layout, budget, one[0])]
+    ways.append(f"a device with {math.ceil(peak.high / safe / size.GIB)} GiB")
+    return Finding(
+        level="error",
+        code="size.does_not_fit",
+        message=f"It needs about {in_gib(peak.expected)} (up to {in_gib(peak.high)}); {there}, "
+        f"of which {in_gib(safe * budget)} can be planned with.",
+        where="limits.memory_gb" if capped else f"hardware {device.hardware}",
+        fix="This would fit: " + "; ".join(ways) + ".",
+    )
+
+
+def _fewest_changes(layout: Layout, device: Device, budget: int, one: tuple[int, int]) -> list[str]:
+    """Settings that make it fit together, those with the same result first; empty where none do."""
+    tokens, longest = one
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("train.micro_batch=1 (same result)", {"tokens": tokens}),
+        ("train.activation_checkpointing=true (same result, slower)", {"checkpointing": True}),
+    ]
+    if layout.kind == "none":
+        steps.append(("adapter.kind=lora (an adapter instead of all weights)", {"kind": "lora"}))
+    if layout.dtype == "float32" and (device.kind == "cpu" or defaults.has_bf16(device)):
+        steps.append(("train.dtype=bfloat16", {"dtype": "bfloat16"}))
+    if device.kind == "cuda" and built("adapter.kind", "qlora"):
+        steps.append(("adapter.kind=qlora (the model in 4 bits)", {"kind": "qlora"}))
+    for shorter in (longest // 2, longest // 4):
+        if shorter >= 128:
+            cut = {"tokens": tokens * shorter // longest, "longest": shorter}
+            steps.append((f"train.max_length={shorter} (leaves longer rows out)", cut))
+    said: dict[str, str] = {}
+    for text, change in steps:
+        tighter = layout.but(**change)
+        if size.peak(tighter).high >= size.peak(layout).high:
+            continue
+        layout = tighter
+        said[text.partition("=")[0]] = text
+        if size.fits(layout, budget):
+            return [" with ".join(said.values())]
+    return []
+
+
+def _smaller_models(layout: Layout, budget: int, tokens: int) -> list[str]:
+    """The next two smaller sizes of the same family and kind, where they fit."""
+    facts, sizes = layout.facts, dict[int, list[ModelFacts]]()
+    for model in catalogue.known():
+        if model.family == facts.family and model.instruct == facts.instruct and model.params < facts.params:
+            sizes.setdefault(model.params, []).append(model)
+    words, ways = set(facts.id.split("-")), []
+    for count in sorted(sizes, reverse=True)[:2]:
+        model = max(sizes[count], key=lambda one: len(words & set(one.id.split("-"))))
+        same = layout.but(facts=model, targets=tuple(model.linears), tokens=tokens)
+        if size.fits(same, budget):
+            ways.append(model.id)
+        elif layout.kind == "none" and size.fits(same.but(kind="lora"), budget):
+            ways.append(f"{model.id} with adapter.kind=lora")
+    return ways
+
+
+# --- what is unusual -----------------------------------------------------------------------------------------------
+
+
+def notes(
+    asked: JobSpec, chosen: JobSpec, facts: ModelFacts, report: DataReport, device: Device, *, timed: bool
+) -> list[Finding]:
+    """Findings on a spec as `asked` and as `chosen`: errors for what the kernel will refuse, warnings, assumptions."""
+    return [*_refused(asked, facts, device), *_unusual(asked, chosen, facts, report), *_assumed(chosen, report, timed)]
+
+
+def _refused(asked: JobSpec, facts: ModelFacts, device: Device) -> list[Finding]:
+    values = {"adapter.kind": asked.adapter.kind, "train.optimizer": asked.train.optimizer}
+    refused = dict(UNBUILT)
+    if missing := defaults.no_8bit(device):
+        refused["train.optimizer", "adamw-8bit"] = missing
+    found = [
+        Finding(
+            level="error",
+            code=f"{key.partition('.')[0]}.unavailable",
+            message=f"{key}={value} cannot be trained here. {why}",
+            where=key,
+            fix=f"Leave {key} to auto.",
+        )
+        for (key, value), why in refused.items()
+        if values[key] == value
+    ]
+    if asked.adapter.targets != "auto" and asked.adapter.kind != "none" and not facts.experts:
+        heads = {*facts.linears, "all-linear", "lm_head"}
+        unknown = [name for name in asked.adapter.targets if name.rpartition(".")[2] not in heads]
+        if unknown:
+            found.append(
+                Finding(
+                    level="error",
+                    code="adapter.targets",
+                    message=f"{facts.id[:200]} has no linear layer {unknown[0]!r:.60}.",
+                    where="adapter.targets",
+                    fix=f"Choose from {', '.join(facts.linears)}.",
+                )
+            )
+    return found
+
+
+def _unusual(asked: JobSpec, chosen: JobSpec, facts: ModelFacts, report: DataReport) -> list[Finding]:
+    def warning(code: str, message: str, where: str, fix: str) -> None:
+        found.append(Finding(level="warning", code=code, message=message, where=where, fix=fix))
+
+    found: list[Finding] = []
+    length, effective = int(chosen.train.max_length), int(chosen.train.effective_batch)
+    if length > facts.context:
+        warning(
+            "train.beyond_context",
+            f"train.max_length={length:,} is beyond the model's context of {facts.context:,}.",
+            "train.max_length",
+            f"Set it to {facts.context} or less.",
+        )
+    if report.tokens is not None and asked.train.max_length == "auto" and report.tokens.max > length:
+        warning(
+            "train.rows_too_long",
+            f"Some rows are longer than {length:,} tokens (the longest seen has {report.tokens.max:,}).",
+            "train.max_length",
+            f"Set train.max_length={report.tokens.max} to train on all of them.",
+        )
+    if asked.train.micro_batch != "auto" and asked.train.micro_batch > effective:
+        warning(
+            "train.micro_batch_unused",
+            f"A step has {effective} rows, so a micro-batch of {asked.train.micro_batch} is never full.",
+            "train.micro_batch",
+            f"Set it to {effective} or less, or raise train.effective_batch.",
+        )
+    return found
+
+
+def _assumed(chosen: JobSpec, report: DataReport, timed: bool) -> list[Finding]:
+    if report.used_rows is not None and report.tokens is not None:
+        return []
+    return [
+        Finding(
+            level="info",
+            code="size.assumed",
+            message="The data could not be read from here: memory is planned for rows of "
+            f"{chosen.train.max_length:,} tokens, and the time is {'a rough range' if timed else 'not known'}.",
+            where="data",
+            fix="Give train.max_length and train.max_steps to narrow it.",
+        )
+    ]
