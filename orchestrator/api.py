@@ -138,10 +138,14 @@ class Api:
             from tunesmith.orchestrator.backends import unknown
 
             raise unknown(str(backend), self.core.backends.names())
+        if yes is not None and yes["usd"] is None and self.core.backends.prices().get(str(backend), 0.0) > 0:
+            limits = (request.spec or {}).get("limits")
+            if request.sets.get("limits.usd") is None and not (isinstance(limits, dict) and limits.get("usd")):
+                raise wishes.no_cap(str(backend))
         with self.store.transaction():
             job = self.store.create(request, yes)
             folder = self.core.home.job(job)
-            write_text(folder / "request.json", dumps(request))
+            write_text(folder / "request.json", dumps(request), durable=False)
         return {"id": job, "state": self.store.job(job)["state"]}
 
     def jobs(self, call: Call) -> Doc:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Backends:
         self._factories = dict(_installed() if factories is None else factories)
         self._made: dict[str, Executor] = {}
         self._broken: dict[str, BackendUnavailable] = {}
+        self._prices: dict[str, float] = {}
         self._lock = threading.RLock()
 
     def names(self) -> list[str]:
@@ -85,14 +87,14 @@ class Backends:
         return docs
 
     def prices(self) -> dict[str, float]:
-        """The highest price in dollars an hour of each backend that was loaded before; asks nobody who was not."""
-        with self._lock:
-            loaded = list(self._made)
-        return {name: max((device.usd_per_hour for device in self._ask(name)[0]), default=0.0) for name in loaded}
+        """The highest price in dollars an hour of each backend, as it last listed its devices; asks nobody."""
+        return dict(self._prices)
 
     def _ask(self, name: str) -> tuple[Sequence[Device], str | None]:
         try:
-            return tuple(self.get(name).devices()), None
+            devices = tuple(replace(device, backend=name) for device in self.get(name).devices())
+            self._prices[name] = max((device.usd_per_hour for device in devices), default=0.0)
+            return devices, None
         except TunesmithError as error:
             return (), str(error)
         except Exception as error:

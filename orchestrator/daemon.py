@@ -105,6 +105,7 @@ class Daemon:
         self.stopping = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending = threading.Event()
+        self._preparing = threading.Thread(target=self._prepare, name="prepare", daemon=True)
 
     def app(self) -> Starlette:
         """The HTTP application over these parts."""
@@ -130,7 +131,7 @@ class Daemon:
         self.leases.heal()
         self.queue.nudge()
         self.drivers.start()
-        threading.Thread(target=self._prepare, name="prepare", daemon=True).start()
+        self._preparing.start()
 
     def end(self) -> None:
         """Ask the daemon to end, from any thread."""
@@ -142,6 +143,8 @@ class Daemon:
         self._ending.set()
         self.drivers.stop()
         self.queue.stop()
+        if self._preparing.is_alive():
+            self._preparing.join(3.0)
         self.store.close()
         self.metrics.close()
 
@@ -157,10 +160,15 @@ class Daemon:
         }
 
     def _changed(self, jobs: frozenset[str]) -> None:
-        if jobs:
-            self.bell.ring(jobs)
+        """After a commit: nothing that goes wrong here may undo what was committed."""
+        if not jobs:
+            return
+        self.bell.ring(jobs)
+        self.drivers.nudge()
+        try:
             self.queue.nudge()
-            self.drivers.nudge()
+        except StorageError as error:
+            log.warning("the queue was not told of a change: %s", error)
 
     def _prepare(self) -> None:
         """What need not be done before the first answer: rebuilding metrics, and loading what the first job needs."""

@@ -214,8 +214,11 @@ def full(path: Path) -> StorageError:
     )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a private file durably: aside, synced, renamed, the folder synced. Raises StorageError."""
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a private file whole: aside, then renamed. Raises StorageError.
+
+    Durable: synced, and its folder too (some milliseconds). Not for copies of what a database holds anyway.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -223,8 +226,11 @@ def write_text(path: Path, text: str) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(aside, path)
+        if not durable:
+            return
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)

@@ -134,7 +134,7 @@ class Leases:
 
     def _ready(self) -> list[Row]:
         rows = self.store.rows(
-            "SELECT id, fence, tries FROM jobs WHERE wake > seen AND holder IS NULL ORDER BY tries, number"
+            "SELECT id, fence, tries FROM jobs WHERE wake > seen AND holder IS NULL ORDER BY tries, number LIMIT 100"
         )
         moment = self.clock()
         return [row for row in rows if not row["tries"] or self._pauses.get(row["id"], 0.0) <= moment]
@@ -214,9 +214,9 @@ class Leases:
             store.move(job, JobState.PLANNING)
             self._settle(job, plan, json.loads(row["yes"]) if row["yes"] else None, paid)
             folder = self.home.job(job)
-            write_text(folder / "plan.json", doc)
+            write_text(folder / "plan.json", doc, durable=False)
             if plan.stages:
-                write_text(folder / "spec.json", dumps(plan.stages[0].spec))
+                write_text(folder / "spec.json", dumps(plan.stages[0].spec), durable=False)
 
     def _settle(self, job: str, plan: Plan, yes: Mapping[str, Any] | None, paid: bool) -> None:
         store = self.store
@@ -337,12 +337,15 @@ class Leases:
             raise Conflict(f"{state} is not the end of a job.", code="job.state", where=job)
         store = self.store
         with store.transaction():
-            self.check(job, fence)
+            row = self.check(job, fence)
             if self.attempts.any_live(job):
                 raise Conflict(f"An attempt of {job} has not ended.", code="attempt.live", where=job)
             kept = {} if error is None and state != JobState.SUCCEEDED else {"error": dumps(error) if error else None}
             store.set(job, wanted=None, **kept)
-            store.move(job, state, **({"error": plain(error)} if error else {}))
+            said = {"error": plain(error)} if error else {}
+            if row["state"] == state and row["wanted"] is not None:
+                store.record(job, {"state": state, "from": state, **said})
+            store.move(job, state, **said)
 
 
 def _stands(row: Row, plan: Plan) -> bool:

@@ -150,7 +150,8 @@ class Metrics:
     def alerts(self, job: str, limit: int = 50) -> list[dict[str, Any]]:
         """The newest alerts of a job, oldest of them first: level, code, message, attempt, step, time."""
         found = self._rows(
-            "SELECT doc FROM lines WHERE job = ? AND kind = 'alert' ORDER BY attempt DESC, line DESC LIMIT ?",
+            "SELECT doc FROM lines INDEXED BY lines_alert WHERE job = ? AND kind = 'alert'"
+            " ORDER BY attempt DESC, line DESC LIMIT ?",
             job,
             limit,
         )

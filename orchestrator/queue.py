@@ -80,7 +80,8 @@ class Lane:
             for row in live:
                 self._guard(row, lambda row=row: self._follow(executor, row))  # type: ignore[misc]
             free = self.slots - len(attempts.live(self.backend))
-            for row in waiting[: max(free, 0)]:
+            ready = [row for row in waiting if self.clock() >= self._note(row).next_try]
+            for row in ready[: max(free, 0)]:
                 self._guard(row, lambda row=row: self._begin(executor, row))  # type: ignore[misc]
             self._forget({(row["job"], row["number"]) for row in (*live, *waiting)})
             return BUSY_SECONDS if live or free > 0 else IDLE_SECONDS
@@ -106,7 +107,7 @@ class Lane:
     def _guard(self, row: Row, act: Callable[[], None]) -> None:
         """One attempt's trouble is its own: it is noted, and tried again after a growing pause."""
         key = (row["job"], row["number"])
-        note = self._notes.setdefault(key, _Note())
+        note = self._note(row)
         if self.clock() < note.next_try and not self._urgent(row, note):
             return
         try:
@@ -200,7 +201,7 @@ class Lane:
 
     def _steer(self, executor: Executor, row: Row, handle: Handle) -> None:
         """End an attempt that a person cancelled, or whose time is up: for the latter at a checkpoint, with a grace."""
-        note = self._notes[row["job"], row["number"]]
+        note = self._note(row)
         moment = self.clock()
         why = "cancel" if row["wanted"] == "cancel" else row["ending"]
         if why is None and self._time_is_up(row, note, moment):
@@ -251,7 +252,7 @@ class Lane:
 
     # --- trouble -----------------------------------------------------------------------------------------------
 
-    def _out_of_reach(self, error: Exception | None, row: Row) -> None:
+    def _out_of_reach(self, error: Exception, row: Row) -> None:
         """An attempt that its executor cannot speak of: unknown, which is left by proof only."""
         attempts = Attempts(self.store)
         row = attempts.get(row["job"], row["number"])
@@ -259,14 +260,14 @@ class Lane:
             return
         if row["handle"] is not None:
             attempts.move(row["job"], row["number"], AttemptState.UNKNOWN)
-        proven = self._proven_dead(row)
+        if not self._proven_dead(row):
+            return
         if row["handle"] is not None:
-            if proven:
-                attempts.end(row["job"], row["number"], AttemptState.LOST, None, _lost())
-        elif proven and (row["wanted"] == "cancel" or not isinstance(error, BackendUnavailable)):
-            note = self._notes.get((row["job"], row["number"]))
-            if row["wanted"] == "cancel" or (note is not None and note.failures >= START_TRIES):
-                self._fail(row, error or BackendUnavailable(f"The backend {self.backend} is gone."))
+            attempts.end(row["job"], row["number"], AttemptState.LOST, None, _lost())
+            return
+        hopeless = not isinstance(error, BackendUnavailable) and self._note(row).failures >= START_TRIES
+        if hopeless or row["wanted"] == "cancel":
+            self._fail(row, error)
 
     def _proven_dead(self, row: Row) -> bool:
         try:
@@ -286,6 +287,9 @@ class Lane:
             )
         state = AttemptState.CANCELLED if row["wanted"] == "cancel" else AttemptState.FAILED
         Attempts(self.store).end(row["job"], row["number"], state, None, error.to_doc())
+
+    def _note(self, row: Row) -> _Note:
+        return self._notes.setdefault((row["job"], row["number"]), _Note())
 
     def _forget(self, keep: set[tuple[str, int]]) -> None:
         for key in self._notes.keys() - keep:

@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.orchestrator.attempts import Attempts
 from tunesmith.orchestrator.metrics import Metrics
 from tunesmith.orchestrator.nouns import SCHEMA_VERSION, Plan, plain
-from tunesmith.orchestrator.states import ATTEMPT_ENDS, JobState
+from tunesmith.orchestrator.states import ATTEMPT_ENDS, AttemptState, JobState
 from tunesmith.orchestrator.store import Row, Store, split
 
 Doc = dict[str, Any]
@@ -104,7 +104,7 @@ def findings(plan: Plan | None, attempts: Sequence[Row]) -> list[Doc]:
         for stage in plan.stages:
             found += [*stage.findings, *stage.data.problems]
     docs: list[Doc] = [plain(item) for item in found]
-    if attempts and attempts[-1]["evidence"]:
+    if attempts and attempts[-1]["evidence"] and attempts[-1]["state"] != AttemptState.SUCCEEDED:
         docs += json.loads(attempts[-1]["evidence"])
     return docs
 

@@ -22,6 +22,7 @@ from tunesmith.orchestrator.events import finite, now
 from tunesmith.orchestrator.nouns import Approval, Plan, Request, build, plain
 from tunesmith.orchestrator.states import JOB_ENDS, JobState, job_may
 
+KEYS = 10_000
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 Row = sqlite3.Row
 
@@ -66,10 +67,10 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing. Transactions of one thread nest: the outermost commits."""
+        """All or nothing. Transactions of one thread nest: an inner one can fail alone, the outermost commits."""
         with self._write:
             if self._writer is not None:
-                yield
+                yield from self._inner()
                 return
             with _typed(self.path):
                 self._db.execute("BEGIN IMMEDIATE")
@@ -86,6 +87,18 @@ class Store:
                     self._writer = None
                 touched = frozenset(self._touched)
         self.on_change(touched)
+
+    def _inner(self) -> Iterator[None]:
+        self._db.execute("SAVEPOINT inner")
+        try:
+            yield
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK TO inner")
+            raise
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("RELEASE inner")
 
     def rows(self, sql: str, *values: Any) -> list[Row]:
         """What a query finds; inside a transaction with what it has written."""
@@ -300,16 +313,20 @@ class Store:
         return str(found["answer"])
 
     def remember(self, key: str, body: str, answer: str) -> None:
-        """Keep an answer, in the same transaction as what it tells of. Answers are kept for the last 10,000 keys."""
+        """Keep an answer, in the same transaction as what it tells of. The last 10,000 are kept."""
         self.write("INSERT INTO keys (key, body, answer, time) VALUES (?, ?, ?, ?)", key, body, answer, now())
-        self.write(
-            "DELETE FROM keys WHERE time < (SELECT time FROM keys ORDER BY time DESC LIMIT 1 OFFSET 10000)",
-        )
+        if secrets.randbelow(100) == 0:
+            self.write(
+                "DELETE FROM keys WHERE time < (SELECT time FROM keys ORDER BY time DESC LIMIT 1 OFFSET ?)", KEYS
+            )
 
 
 def dumps(value: Any) -> str:
-    """Plain JSON for a column or the wire: no NaN, lone surrogates escaped."""
-    return json.dumps(finite(plain(value)), separators=(",", ":"), allow_nan=False)
+    """Plain JSON for a column or the wire: no NaN, lone surrogates escaped. What is plain already is not copied."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError):
+        return json.dumps(finite(plain(value)), separators=(",", ":"), allow_nan=False)
 
 
 def unknown(ref: str) -> InputError:

@@ -114,7 +114,7 @@ def approve(
         if len(newest.stages) != 1:
             raise NotReady(f"The plan of {job} has {len(newest.stages)} stages; one can be run.", code="plan.stages")
         if paid and usd is None and newest.stages[0].spec.limits.usd is None:
-            raise no_cap(newest)
+            raise no_cap(newest.stages[0].spec.backend)
         number = store.rows("SELECT COALESCE(MAX(number), 0) + 1 AS n FROM approvals WHERE job = ?", job)[0]["n"]
         store.write(
             "INSERT INTO approvals (job, number, hash, by, usd, hours, time) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -207,10 +207,10 @@ def retry(store: Store, job: str) -> str:
         return str(store.job(job)["state"])
 
 
-def no_cap(plan: Plan) -> InputError:
-    """The error for a plan that would spend money without a cap."""
+def no_cap(backend: str) -> InputError:
+    """The error for spending money without a cap."""
     return InputError(
-        f"{plan.stages[0].spec.backend} costs money, and no limit was given.",
+        f"{backend} costs money, and no limit was given.",
         code="limits.usd",
         why="Nothing is spent without a cap that a person set.",
         fix="Add --set limits.usd=AMOUNT.",

@@ -149,12 +149,16 @@ class Daemon:
             "def make(home):\n"
             f"    command = [sys.executable, '-I', '-S', {str(SMALL_KERNEL)!r}]\n"
             "    return LocalExecutor(home, command=command, grace_seconds=1.0)\n"
+            "class Costly(LocalExecutor):\n"
+            "    def devices(self):\n"
+            "        from dataclasses import replace\n"
+            "        return [replace(item, usd_per_hour=2.0) for item in super().devices()]\n"
         )
         info = site / "toy_backend-1.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-backend\nVersion: 1\n")
         (info / "entry_points.txt").write_text(
-            "[tunesmith.executors]\ntoy = toy_backend:make\nbroken = no_such_module:make\n"
+            "[tunesmith.executors]\ntoy = toy_backend:make\ncostly = toy_backend:Costly\nbroken = no_such_module:make\n"
         )
 
     def start(self) -> Daemon:
@@ -269,27 +273,33 @@ def driver_place(home: Home) -> Iterator[None]:
 
 @pytest.fixture
 def daemon(home: Home, driver_place: None, tmp_path: Path) -> Iterator[Daemon]:
-    with serving(home, tmp_path / "site") as made:
+    with _serving(home, tmp_path / "site") as made:
         yield made
+
+
+@pytest.fixture
+def serving() -> Any:
+    """A daemon that starts its own driver, as a context manager: serving(home, site)."""
+    return _serving
 
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon for a module's tests that store nothing."""
     place = tmp_path_factory.mktemp("idle")
-    with serving(Home(place / "home").make(), place / "site") as made:
+    with _serving(Home(place / "home").make(), place / "site") as made:
         yield made
 
 
 @contextlib.contextmanager
-def serving(home: Home, site: Path) -> Iterator[Daemon]:
+def _serving(home: Home, site: Path) -> Iterator[Daemon]:
     """A daemon; afterwards neither it nor anything that it started is left."""
     made = Daemon(home, site)
     try:
         yield made.start()
     finally:
         if made.process is not None and made.process.poll() is None:
-            made.end(signal.SIGKILL)
+            made.end(signal.SIGTERM)
         for started in home.jobs.glob("*/attempts/*/started"):
             found = json.loads(started.read_text())
             if (processes.identity(found["shim_pid"]) or "").endswith(f":{found['shim_ticks']}"):

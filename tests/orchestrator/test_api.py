@@ -178,6 +178,19 @@ def test_approve_by_hash(daemon) -> None:
     assert finish(daemon, job)["state"] == "succeeded"
 
 
+def test_yes_needs_a_cap_where_a_backend_costs_money(daemon) -> None:
+    assert any(item["name"] == "costly" for item in daemon.get("/backends")["backends"])
+    with pytest.raises(InputError) as caught:
+        submit(daemon, backend="costly")
+    assert (caught.value.code, daemon.get("/jobs")["jobs"]) == ("limits.usd", [])
+    job = submit(daemon, backend="costly", yes=False)
+    daemon.drive()
+    with pytest.raises(InputError) as caught:
+        daemon.post(f"/jobs/{job}/approve", {"by": "ann"})
+    assert caught.value.code == "limits.usd"
+    assert daemon.post(f"/jobs/{job}/approve", {"by": "ann", "usd": 1.5})["state"] == "queued"
+
+
 def test_ask_answers_from_facts(daemon) -> None:
     job = submit(daemon, "ok 4")
     finish(daemon, job)

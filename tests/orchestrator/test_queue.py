@@ -261,6 +261,19 @@ def test_one_attempt_in_trouble_does_not_stop_the_others(yard) -> None:
     assert yard.attempt(first)["state"] == "running"
 
 
+def test_what_may_not_start_yet_holds_up_nobody_behind_it(yard) -> None:
+    first = yard.core.queued()
+    yard.puppet.dead = "unknown"
+    with yard.core.store.transaction():
+        values = (first, 0, "old", "local", "lost", "{}", "{}", "t")
+        columns = "job, number, key, backend, state, doc, handle, submitted_at"
+        yard.core.store.write(f"INSERT INTO attempts ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
+    second = yard.core.queued()
+    yard.tick(5)
+    assert yard.attempt(first)["state"] == "submitted"
+    assert yard.attempt(second)["state"] == "running"
+
+
 def test_a_full_disk_stops_nothing_for_good(yard, monkeypatch) -> None:
     job = yard.core.queued()
     yard.tick(2)

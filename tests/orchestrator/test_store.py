@@ -103,6 +103,22 @@ def test_a_failed_transaction_leaves_nothing(core) -> None:
     assert len(core.store.events(job)) == 1
 
 
+def test_an_inner_failure_undoes_the_inner_part_only(core) -> None:
+    job = core.create()
+
+    def inner() -> None:
+        with core.store.transaction():
+            core.store.move(job, JobState.AWAITING_APPROVAL)
+            core.store.move(job, JobState.SUCCEEDED)
+
+    with core.store.transaction():
+        core.store.set(job, name="kept")
+        with pytest.raises(Conflict):
+            inner()
+    row = core.store.job(job)
+    assert (row["name"], row["state"], len(core.store.events(job))) == ("kept", "planning", 1)
+
+
 def test_state_and_event_are_one(core) -> None:
     job = core.create()
     with core.store.transaction():
