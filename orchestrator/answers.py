@@ -141,10 +141,11 @@ class _Asked:
         if step is None:
             return ""
         self.fact("step", step)
+        verb = "It came to" if self.job.get("state") in JOB_ENDS else "It is at"
         if total is None:
-            return f"It is at step {figures.amount(step)}."
+            return f"{verb} step {figures.amount(step)}."
         self.fact("total_steps", total)
-        return f"It is at step {figures.amount(step)} of {figures.amount(total)} ({figures.share(step, total)})."
+        return f"{verb} step {figures.amount(step)} of {figures.amount(total)} ({figures.share(step, total)})."
 
     def progress(self) -> str:
         return self.step() or f"{self.name} has not taken a step yet: it is {self._state()}."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tunesmith.orchestrator import cli_home, cli_jobs, cli_run
-from tunesmith.orchestrator.cli_output import draw, emit, fail, json_option
+from tunesmith.orchestrator.cli_output import draw, emit, fail, json_option, say
 from tunesmith.orchestrator.errors import InputError, TunesmithError
 
 if TYPE_CHECKING:
@@ -73,10 +73,19 @@ class Parts:
         return plan(request, devices=Backends(home.path).devices, cache=home.cache)
 
     def intent(self, request: Request) -> str:
-        """What a sentence asks for: train, status, check, advice or export."""
-        from tunesmith.graph.planning import intake
+        """What a request asks for: train, status, check, advice or export.
 
-        return "train" if request.text is None else str(intake(request, {}).intent)
+        Raises InputError for one that cannot be understood or carried out, before any job is made of it.
+        """
+        from tunesmith.graph.planning import intake
+        from tunesmith.orchestrator.commands import finding_error
+        from tunesmith.orchestrator.nouns import plain
+
+        draft = intake(request, {})
+        for finding in draft.findings:
+            if finding.level == "error":
+                raise finding_error(plain(finding))
+        return str(draft.intent)
 
     def check(self, data: str, *, method: str | None, model: str | None, sets: Sequence[str]) -> dict[str, Any]:
         """The `check` document of a data set, read in this process."""
@@ -92,7 +101,17 @@ class Parts:
             folder = catalogue.at_hand(spec.model, self.home().cache)
             if folder is None and catalogue.find(model) is None:
                 raise unknown_model(model, catalogue.nearest(model))
-        return check(spec.data, method=method, tokenizer_folder=folder)
+        doc = check(spec.data, method=method, tokenizer_folder=folder)
+        if method is not None and method not in doc["ready"]:
+            raise InputError(
+                f"Data cannot be checked for {method} yet.",
+                fix=f"Checked are: {', '.join(doc['ready'])}.",
+                code="method.unavailable",
+                where="--for",
+            )
+        if model is not None and folder is None:
+            doc["problems"].append(no_tokenizer(model))
+        return doc
 
 
 def unknown_model(name: str, near: Sequence[str]) -> InputError:
@@ -103,6 +122,17 @@ def unknown_model(name: str, near: Sequence[str]) -> InputError:
         code="model.unknown",
         where="model",
     )
+
+
+def no_tokenizer(name: str) -> dict[str, str]:
+    """The finding for tokens that were asked for and could not be counted."""
+    return {
+        "level": "warning",
+        "code": "model.no_tokenizer",
+        "message": f"Tokens were not counted: the tokenizer of {name[:100]} is not on this machine.",
+        "where": "--model",
+        "fix": "Give a folder that holds the model, or download it first.",
+    }
 
 
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,6 +163,7 @@ def plan(
     if as_yaml and as_json:
         raise click.UsageError("Give --json or --yaml, not both.")
     doc = commands.plan(commands.request(target, backend=backend, sets=sets, quick=quick), parts.plan)
+    doc["command"] = [target if word == "SPEC.yaml" else word for word in doc["command"]]
     code = commands.plan_exit_code(doc)
     if as_yaml and code == 0 and doc.get("stages"):
         print_yaml(commands.resolved_specs(doc))
@@ -142,7 +173,15 @@ def plan(
         draw(views_plan.plan(doc), err=True)  # stdout stays empty: no half a spec ends in a file
     else:
         emit(doc, as_json, draw_plan)
+        say_missing(doc)
     return code
+
+
+def say_missing(doc: Mapping[str, Any]) -> None:
+    """Say on stderr where a plan names a command that this version does not have."""
+    word = (doc.get("command") or ["", ""])[1:2]
+    if word and word[0] not in cli.commands:
+        say(f"This version has no `{word[0]}` command yet.")
 
 
 def draw_plan(doc: Mapping[str, Any]) -> Any:

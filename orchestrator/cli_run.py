@@ -90,7 +90,8 @@ def _train(client: Client, wanted: Request, *, yes: bool, detach: bool, as_json:
         if commands.refused(doc):
             error = commands.failure(doc)
             if error is not None:
-                others = [item for item in doc.get("findings") or [] if item.get("message") != error.message]
+                found = [item for item in doc.get("findings") or [] if item.get("level") != "info"]
+                others = [item for item in found if item.get("message") != error.message]
                 if not as_json and others:
                     from tunesmith.orchestrator import views
 
@@ -193,7 +194,8 @@ def _decide(client: Client, job: str, plan_hash: str) -> bool:
 def _left_waiting(doc: Mapping[str, Any], job: str, as_json: bool) -> int:
     from tunesmith.orchestrator import commands
 
-    emit(commands.document(doc), as_json, _shown)
+    if as_json:
+        print_json(commands.document(doc))
     if doc.get("state") == "awaiting_approval":
         say(f"{job} waits for approval. Start it: tunesmith approve {job}")
     else:
@@ -320,7 +322,8 @@ def progress_line(progress: Progress) -> str:
 
     said = []
     if progress.phase and progress.phase != "training":
-        done = f" {figures.count(progress.done)}/{figures.count(progress.of)}" if progress.of else ""
+        unit = f" {progress.unit}" if progress.unit else ""
+        done = f" {figures.count(progress.done)}/{figures.count(progress.of)}{unit}" if progress.of else ""
         said.append(progress.phase + done)
     elif progress.step is not None:
         said.append(f"step {progress.step}" + (f"/{progress.total}" if progress.total else ""))

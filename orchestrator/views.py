@@ -186,8 +186,10 @@ def show(doc: Doc) -> RenderableType:
         parts.append(text(f"remedy {remedy.get('id', '')}: {remedy.get('text', '')}"))
     for alert in doc.get("alerts") or []:
         parts.append(text(f"alert: {alert.get('message', alert) if isinstance(alert, Mapping) else alert}", "yellow"))
-    if doc.get("findings"):
-        parts.append(findings(doc["findings"]))
+    calm = doc.get("state") == "succeeded"
+    found = [item for item in doc.get("findings") or [] if not (calm and item.get("level") == "info")]
+    if found:
+        parts.append(findings(found))
     if doc.get("questions"):
         parts.append(questions(doc["questions"]))
     return Group(*parts, *_next(doc))
@@ -287,7 +289,8 @@ def live(progress: Progress) -> RenderableType:
     if progress.step is not None and progress.phase in ("training", ""):
         line.append(f"  {progress.step}" + (f"/{progress.total}" if progress.total else ""), style="bold")
     elif progress.of:
-        line.append(f"  {figures.count(progress.done)}/{figures.count(progress.of)}")
+        done = f"  {figures.count(progress.done)}/{figures.count(progress.of)} {inert(progress.unit, limit=20)}"
+        line.append(done.rstrip())
     second = Text()
     if progress.loss is not None:
         second.append(f"loss {figures.amount(progress.loss)}", style="bold")
