@@ -212,7 +212,8 @@ def command_for(intent: Intent, words: Sentence, facts: Sequence[Fact], made: Ma
         verb = control["verb"]
         return ["tunesmith", intents.CONTROL_COMMANDS.get(verb, verb), job]
     if intent == "export":
-        return _export_command(job, doc.get("deliver", {}))
+        folder = next((str(source["source"]) for source in doc.get("data", []) if source.get("source")), None)
+        return _export_command(job, doc.get("deliver", {}), folder)
     sources = [source for source in doc.get("data", []) if source.get("source")]
     mapping = made.mapping
     if intent == "check" or (intent == "advice" and (sources or mapping)):
@@ -229,12 +230,13 @@ def command_for(intent: Intent, words: Sentence, facts: Sequence[Fact], made: Ma
     return ["tunesmith", "plan" if planned else "run", text]
 
 
-def _export_command(job: str, deliver: dict[str, Any]) -> list[str]:
+def _export_command(job: str, deliver: dict[str, Any], folder: str | None) -> list[str]:
     if deliver.get("push") and not deliver.get("gguf") and not deliver.get("merge"):
         return ["tunesmith", "push", job, str(deliver["push"])]
     command = ["tunesmith", "export", job]
     command += ["--merge"] if deliver.get("merge") else []
     command += ["--gguf", str(deliver["gguf"])] if deliver.get("gguf") else []
+    command += ["--to", folder] if folder else []
     return command
 
 

@@ -32,7 +32,7 @@ STATUS = _any(
     r"\bhow(?:'s|s| is| are| was| were| did)? "
     + _FEW
     + r"(?:doing|going|coming along|progressing|looking|getting on|go)\b",
-    r"\bhow far\b|\b(?:status|progress|eta)\b|\bany (?:update|news)",
+    r"\bhow far\b|\bwhat (?:step|epoch)\b|\bcompare\b|\b(?:status|progress|eta)\b|\bany (?:update|news)",
     r"\b(?:is|are|has|have|did|was|does) " + _FEW + _ENDS + r"\b",
     r"\bwhen (?:will|does|is|are) " + _FEW + r"(?:done|finish|finished|ready|complete|end|over)\b",
     r"\bhow (?:long|much)(?: longer| more time| more| time)?(?: is| are)?(?: still)? "
@@ -65,7 +65,8 @@ THEN_TRAIN = re.compile(
 )
 ADVICE = _any(
     r"\bhow (?:do|can|could|should|would|to|does|shall)\b",
-    r"\bwhat (?:should|would|do|can|could|does|is|are)\b|\bwhat's\b|\bwhich\b|\bwhy\b|\bshould (?:i|we)\b",
+    r"\bwhat (?:should|would|do|can|could|does|is|are)\b|\bwhat \w+ (?:do|does|should|is|are|can)\b",
+    r"\bwhat's\b|\bwhich\b|\bwhy\b|\bshould (?:i|we)\b",
     r"\brecommend\w*|\bexplain\b|\bhelp\b|\bdifference between\b|\bis it (?:better|ok|possible|worth)",
     r"\bany (?:advice|tips|idea)\b|\badvice\b|\bfix (?:this|it|that)\b|\bbest\b",
 )
@@ -76,6 +77,7 @@ HOW_TO_TRAIN = re.compile(
     r"\bhow (?:do|can|could|should|would|to|shall) (?:i |we |you |one )?(?:\w+ ){0,2}?" + _TUNE + r"\b"
 )
 EXPORT = re.compile(
+    r"(?:(?:please|can you|could you|now|ok|and|then|i want to|i'd like to),? )*"
     r"\b(?:convert|export|quanti[sz]e|merge|fuse|push|upload|publish|save|deploy|turn|download|package|make|want|need|"
     r"get|give|share)\w*\b"
 )
@@ -203,7 +205,8 @@ def find(marked: str, keys: Set[str]) -> Intent | None:
     asked = ADVICE.search(marked) and not FITS.match(marked)
     if asked and not (model and data) and (training or model or data or keys - {"job.noun"} or TOPIC.search(marked)):
         return "advice"
-    if any(key.startswith(("deliver.", "gguf.", "push.")) for key in keys) and not (verb or data or "method" in keys):
+    delivers = any(key.startswith(("deliver.", "gguf.", "push.")) for key in keys)
+    if delivers and not (verb or "method" in keys) and (EXPORT.match(marked) or not data):
         return "export" if EXPORT.search(marked) else None
     if training or (model and data):
         return "train"

@@ -183,12 +183,23 @@ def instead(hit: Hit) -> dict[str, str] | None:
     return found if found and set(found) <= set(ROLES) else None
 
 
+def pushed(hit: Hit) -> dict[str, str | None]:
+    """Where to push, and which job's result where one is named."""
+    job = {"job": hit.group("R2")} if hit.has("R2") and hit.refs[0].kind == "job" else {}
+    return {"deliver.push": hit.group("R"), **job}
+
+
 def columns(hit: Hit) -> tuple[str, ...] | None:
     """Columns in the order they are named; only quoted words count."""
     return tuple(ref.text for ref in hit.refs) if all(ref.kind == "quoted" for ref in hit.refs) else None
 
 
 DATA_RULES: tuple[Rule, ...] = (
+    *say(
+        "remark",
+        True,
+        f"(?:i|we|it|there|which|that) (?:have|has|are|got){tail('about some around only just', 2)} {{N}} {ROWS}",
+    ),
     *say(
         "data.limit",
         value,
@@ -254,6 +265,8 @@ COLUMN_RULES: tuple[Rule, ...] = (
         lead("has have with uses use using the its are is named called columns column fields it names", 5)
         + "{W},? (?:and|&|/) {W2}(?: columns?| fields?)? (?:instead of|rather than|not) (?:the )?"
         "{W3},? (?:and|&|/|or) {W4}",
+        "{W} (?:->|→|>) {W3}",
+        "(?:rename|map|and) (?:the )?{W} (?:to|as) (?:the )?{W3}",
         lead("uses use has have called named with is and the it", 4)
         + "{W}(?: columns?)? (?:instead of|rather than) (?:the )?{W3}",
     ),
@@ -417,12 +430,12 @@ _RESULT = (
 )
 DELIVER_RULES: tuple[Rule, ...] = (
     *say(
-        "deliver.push",
-        lambda hit: hit.group("R"),
+        "",
+        pushed,
         lead("and then", 2)
         + "(?:push|upload|publish|send|share|release|put)"
         + tail(_RESULT, 7)
-        + " (?:to|as|at|on|into|under)"
+        + "(?: {R2})? (?:to|as|at|on|into|under)"
         + tail(
             "the my our hugging_?face hf hub repo repository account namespace org private public as at to under "
             "called named model and",

@@ -142,6 +142,7 @@ LENGTH_RULES: tuple[Rule, ...] = (
         + f" (?:each|every|after every) {{N}}_{STEPS}",
         f"every {{N}}_{STEPS},? (?:save|checkpoint|write|make)" + tail("a the checkpoint checkpoints model", 3),
         "(?:save|checkpoint)_(?:steps|every|interval){IS}{N}",
+        "(?:and )?(?:sav(?:e|ing)|checkpoint(?:s|ing)?) every {N}",
     ),
     *say(
         "",
@@ -241,6 +242,7 @@ TRAIN_RULES: tuple[Rule, ...] = (
         f"{WITH}(?:grad(?:ient)?s?_)?accum(?:ulat\\w+)?(?: gradients?)?(?:_steps?)?(?: (?:over|for))?{{IS}}{{N}}"
         "(?: (?:steps?|batches))?",
         "{N} (?:steps? of )?(?:grad(?:ient)?_)?accumulation(?: steps?)?",
+        "ga{IS}{N}",
     ),
     *say("train.packing", True, f"{WITH}(?:sequence )?pack(?:ing|ed)" + tail("on true enabled sequences rows", 2)),
     *say("train.packing", False, f"{OFF} (?:sequence )?pack(?:ing|ed)?", "packing (?:off|false|disabled)", "unpacked"),

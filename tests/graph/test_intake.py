@@ -298,7 +298,34 @@ TRAIN = {
     "train a reward model from Qwen3-0.6B on prefs.jsonl": a(data="prefs.jsonl", method="reward"),
     "Fine-tune job:support-bot on more.jsonl": a("job:support-bot", "more.jsonl"),
     "Continue training j-abc234 on more.jsonl": a("job:j-abc234", "more.jsonl"),
+    "SFT Qwen3-0.6B on data.jsonl lr 1e-5, bs 4, ga 2": a(
+        train__learning_rate=1e-5, train__micro_batch=4, train__effective_batch=8
+    ),
+    "Run 500 steps of SFT on data.jsonl with smollm2-135m, saving every 50": a(
+        SMOL, train__max_steps=500, train__save_steps=50
+    ),
+    "I have 200 examples in data.jsonl, fine-tune Qwen3-0.6B": a(),
+    "Train with a cosine schedule, 10 warmup steps, lr=0.0001, smollm2-135m on data.jsonl": a(
+        SMOL, train__scheduler="cosine", train__warmup_steps=10, train__learning_rate=1e-4
+    ),
+    "GRPO on gsm8k with Qwen3-0.6B-Base, 16 generations, max completion length 512, lr 1e-6, KL beta 0.04": a(
+        "Qwen/Qwen3-0.6B-Base",
+        "openai/gsm8k",
+        method="grpo",
+        grpo__num_generations=16,
+        grpo__max_completion=512,
+        grpo__beta=0.04,
+        train__learning_rate=1e-6,
+    ),
+    "train smollm2-135m on data from ./a.jsonl, ./b.jsonl and ./c.csv": a(SMOL, ["./a.jsonl", "./b.jsonl", "./c.csv"]),
+    "Launch a training job: Qwen3-0.6B, data.jsonl, 2 epochs, $3 max": a(train__epochs=2, limits__usd=3),
+    "without lora, train smollm2-135m on data.jsonl": a(SMOL, adapter__kind="none"),
+    "sft `Qwen/Qwen3-0.6B` on `data.jsonl`": a(),
+    "SFT Qwen3-0.6B with the dataset tickets": a(data="tickets"),
+    "Check my dataset data.jsonl and then fine-tune Qwen3-0.6B on it": a(),
+    "DPO: model = my last run, data = prefs.jsonl": a("job:last", "prefs.jsonl", method="dpo"),
     # questions that a plan answers
+    "What would it cost to SFT Qwen3-0.6B on data.jsonl on hf jobs?": a(backend="hf-jobs"),
     "How long will it take to fine-tune Qwen3-0.6B on gsm8k.jsonl?": a(data="gsm8k.jsonl"),
     "How do I fine-tune Qwen3-0.6B on data.jsonl?": a(),
     "Dry run: fine-tune Qwen3-0.6B on data.jsonl": a(),
@@ -388,6 +415,13 @@ OTHER = {
     "merge my adapter": ("export", ["export", "last", "--merge"]),
     "export j-abc234 as gguf": ("export", ["export", "j-abc234", "--gguf", "Q4_K_M"]),
     "push my model to me/bot": ("export", ["push", "last", "me/bot"]),
+    "upload j-abc234 to me/bot": ("export", ["push", "j-abc234", "me/bot"]),
+    "Save my model as GGUF Q8_0 in ./out": ("export", ["export", "last", "--gguf", "Q8_0", "--to", "./out"]),
+    "what step are we on": ("status", ["ask", "what step are we on"]),
+    "why did my job fail?": ("status", ["ask", "why did my job fail?"]),
+    "Compare my last two runs": ("status", ["ask", "Compare my last two runs"]),
+    "What columns do I need for DPO?": ("advice", ["ask", "What columns do I need for DPO?"]),
+    "What's wrong with data.jsonl?": ("advice", ["check", "data.jsonl"]),
     "cancel my job": ("advice", ["cancel", "last"]),
     "Please stop the training": ("advice", ["cancel", "last"]),
     "retry j-abc234": ("advice", ["retry", "j-abc234"]),
@@ -411,6 +445,7 @@ def test_what_is_not_training_gets_its_command(text):
     [
         "My DPO dataset uses 'good_response' and 'bad_response' instead of 'chosen' and 'rejected'. How do I fix this?",
         "my preference data has good_response and bad_response instead of chosen and rejected, what do I do?",
+        "Rename my columns: good_response -> chosen, bad_response -> rejected",
         "How do I use DPO when my data calls it 'good_response' instead of 'chosen' and 'bad_response' instead of "
         "'rejected'?",
     ],
