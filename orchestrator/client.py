@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
@@ -95,16 +95,6 @@ class Client:
         """{"events", "cursor", "state", "ended"} after an opaque cursor; waits up to `wait` seconds for the first."""
         params = {"after": after or None, "limit": limit, "wait": wait or None}
         return self._call("GET", self._job(ref, "events"), params=params, timeout=self._timeout + wait)
-
-    def follow(self, ref: str, *, after: str = "", wait: float = 15.0) -> Iterator[Doc]:
-        """Pages of events as they come, until the job has ended and everything was given."""
-        cursor = after
-        while True:
-            page = self.events(ref, after=cursor, wait=wait)
-            cursor = str(page.get("cursor") or cursor)
-            yield page
-            if page.get("ended") and not page.get("events"):
-                return
 
     def metrics(self, ref: str, *, key: str | None = None, attempt: str | None = None) -> Doc:
         """{"series": {key: [[step, value, time], ...]}}; the newest attempt wins for each step."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tunesmith.orchestrator.nouns import Plan, Request
 
 SCHEMA_VERSION = 1
+WAIT_SECONDS = 15.0  # how long one question for events stays open
 WAITING = frozenset({JobState.AWAITING_INPUT, JobState.AWAITING_APPROVAL})
 _SPEC_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -161,19 +162,22 @@ def watch(
     A daemon that goes away is waited for, and started again with `restart`; nothing is lost or repeated, since the
     cursor goes on. Raises NoDaemon where none comes back within a minute.
     """
-    cursor = after
+    cursor, wait = after, 0.0
     while True:
         try:
-            for page in client.follow(ref, after=cursor):
-                yield from page.get("events") or []
-                cursor = str(page.get("cursor") or cursor)
-                if page.get("state") in WAITING and not page.get("events"):
-                    return
-            return
+            page = client.events(ref, after=cursor, wait=wait)
         except NoDaemon as error:
             notice("The daemon went away; the job goes on without it. Waiting for it to come back.")
             _await_daemon(client, error, restart)
             notice("The daemon is back.")
+            continue
+        events = page.get("events") or []
+        yield from events
+        cursor = str(page.get("cursor") or cursor)
+        waiting = page.get("state") in WAITING
+        if not events and (waiting or page.get("ended")):
+            return
+        wait = 0.0 if waiting else WAIT_SECONDS
 
 
 def _await_daemon(client: Client, error: NoDaemon, restart: bool) -> None:

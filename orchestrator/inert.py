@@ -7,7 +7,7 @@ import re
 # Tokens of the services people use with models, and passwords inside URLs. The digit asked of `sk-` keeps
 # ordinary names (sk-learn-...) out.
 _SECRET = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}"
+    r"hf_[A-Za-z0-9]{30,}|\bhf_[A-Za-z0-9]{20,}"
     r"|\bsk-(?=[\w-]*\d)[\w-]{20,}"
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bgithub_pat_\w{20,}"
