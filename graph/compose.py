@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.executors.kernel import catalogue
+from tunesmith.graph.means import GGUF_KINDS
 from tunesmith.graph.naming import Mention, choices, looks_like_model
 from tunesmith.graph.sentence import Ref
-from tunesmith.graph.surroundings import GGUF_KINDS, ROLES, role_of
+from tunesmith.graph.surroundings import ROLES, role_of
 from tunesmith.orchestrator.nouns import Finding, Question, Resolved, plain
 
 SHARED = ("backend", "hardware", "limits.usd", "limits.hours", "limits.memory_gb", "name")

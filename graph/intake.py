@@ -1,6 +1,6 @@
 """From a sentence to partial spec documents, without a language model: what was understood, what not, what to ask.
 
-`read` is pure: it looks words up in a vocabulary (vocabulary.py, surroundings.py, intents.py) and in the model
+`read` is pure: it looks words up in tables (vocabulary.py, surroundings.py, means.py, intents.py) and in the model
 catalogue, touches no file and no network, and executes nothing. Cost: some ten milliseconds.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from tunesmith.graph import intents, surroundings, vocabulary
+from tunesmith.graph import intents, means, surroundings, vocabulary
 from tunesmith.graph.compose import Fact, Made, Part, compose
 from tunesmith.graph.intents import Intent
 from tunesmith.graph.naming import mention
@@ -43,11 +43,11 @@ RULES: tuple[Rule, ...] = (
     *vocabulary.LENGTH_RULES,
     *vocabulary.TRAIN_RULES,
     *vocabulary.TUNING_RULES,
-    *surroundings.LIMIT_RULES,
-    *surroundings.PLACE_RULES,
+    *means.LIMIT_RULES,
+    *means.PLACE_RULES,
     *surroundings.EVAL_RULES,
     *surroundings.COLUMN_RULES,
-    *surroundings.DELIVER_RULES,
+    *means.DELIVER_RULES,
     *intents.VERB_RULES,
     *surroundings.REFERENCE_RULES,
     *surroundings.DATA_RULES,
@@ -73,7 +73,7 @@ class Reading:
     quick: bool = False
 
 
-def read(text: str, cwd: str = "/") -> Reading:
+def read(text: str) -> Reading:
     """What a sentence asks for. Never raises for a text: what is wrong with it stands in `findings`."""
     if len(text) > MOST:
         return _refused(

@@ -70,7 +70,7 @@ def plan(
 
 def intake(request: Request, answers: Mapping[str, Any]) -> Draft:
     """Understand the request and build its specs. Touches no data; looks only whether local paths are there."""
-    reading = _from_spec(request) if request.spec is not None else read(request.text or "", request.cwd)
+    reading = _from_spec(request) if request.spec is not None else read(request.text or "")
     draft = Draft(
         request=request,
         intent=reading.intent,

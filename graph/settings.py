@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +165,3 @@ def _is_path(name: str, cwd: str, *, model: bool) -> bool:
         return "*" in name or here.exists() or ("/" in name and here.parent.is_dir())
     except OSError:
         return False
-
-
-def each(doc: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a document with its dotted key."""
-    for key, value in doc.items():
-        if isinstance(value, Mapping) and value:
-            yield from each(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
