@@ -97,7 +97,7 @@ def _train(client: Client, wanted: Request, *, yes: bool, detach: bool, as_json:
 
                     draw(views.findings(others), err=True)
                 return fail(error, as_json, job=job)
-        if doc.get("state") in commands.WAITING:
+        if commands.waits(doc):
             return _left_waiting(doc, job, as_json)
         if detach and commands.outcome(doc) == 0:
             say(f"{job} goes on by itself. Follow it: tunesmith watch {job}")
@@ -124,13 +124,18 @@ def _until_approved(client: Client, job: str, *, yes: bool, as_json: bool) -> Ma
         if plan_hash != shown and not as_json and not commands.refused(doc):
             _draw_plan(client, job)
             shown = plan_hash
+        if not commands.waits(doc):
+            return doc
         if state == "awaiting_input" and terminal:
             if as_json:
                 draw(views.questions(doc.get("questions") or []), err=True)
             fields = _answers(doc.get("questions") or [])
             if not fields:
                 return doc
-            commands.answer(client, job, fields)
+            try:
+                commands.answer(client, job, fields)
+            except InputError as error:
+                fail(error, False)
         elif state == "awaiting_approval" and yes:
             # The approval given with the request covers the first plan; this one came after a question or a change.
             commands.approve(client, job, plan=plan_hash)
@@ -253,7 +258,7 @@ def follow(client: Client, job: str, *, lines: bool, restart: bool) -> tuple[int
             detached(job, False)
         return DETACHED, None
     doc = client.show(job)
-    if doc.get("state") in commands.WAITING:
+    if commands.waits(doc):
         say(f"{job} waits for you: tunesmith show {job}")
     return commands.outcome(doc), doc
 

@@ -175,9 +175,9 @@ def watch(
         yield from events
         cursor = str(page.get("cursor") or cursor)
         waiting = page.get("state") in WAITING
-        if not events and (waiting or page.get("ended")):
+        if not events and (page.get("ended") or (waiting and waits(client.show(ref)))):
             return
-        wait = 0.0 if waiting else WAIT_SECONDS
+        wait = 0.0 if waiting and events else WAIT_SECONDS
 
 
 def _await_daemon(client: Client, error: NoDaemon, restart: bool) -> None:
@@ -279,12 +279,19 @@ def person() -> str:
         return f"uid {os.getuid()}"
 
 
+def waits(shown: Mapping[str, Any]) -> bool:
+    """Whether a job waits for a person. An approved job that ran before stays awaiting_approval for a moment."""
+    if shown.get("state") == JobState.AWAITING_APPROVAL:
+        return not shown.get("approval")
+    return shown.get("state") in WAITING
+
+
 def outcome(shown: Mapping[str, Any]) -> int:
     """The exit code that a job's `show` document calls for."""
     state = shown.get("state")
     if state == JobState.SUCCEEDED:
         return 0
-    if state in WAITING:
+    if waits(shown):
         return Waiting.exit_code
     if state in JOB_ENDS:
         return InputError.exit_code if refused(shown) else 1
