@@ -48,16 +48,15 @@ def request(
 
     Settings go into a spec at once; beside a sentence they travel with it. Raises InputError.
     """
-    from tunesmith.orchestrator import wire
+    from tunesmith.orchestrator import documents, wire
+    from tunesmith.orchestrator.nouns import Request
 
     cwd = cwd or os.getcwd()
     if is_spec(target, cwd):
         spec = wire.spec_doc(Path(cwd, target).expanduser(), sets)
         return wire.read_request({"spec": spec, "backend": backend, "quick": quick, "cwd": cwd})
-    text = wire.read_text(target)
-    return wire.read_request(
-        {"text": text, "sets": wire.read_sets(sets), "backend": backend, "quick": quick, "cwd": cwd}
-    )
+    documents.check_plain({"backend": backend, "cwd": cwd}, name="The request")
+    return Request(text=wire.read_text(target), sets=wire.read_sets(sets), backend=backend, quick=quick, cwd=cwd)
 
 
 def is_spec(target: str, cwd: str) -> bool:

@@ -1,7 +1,8 @@
 """Where untrusted bytes become nouns: specs, requests and settings, checked strictly and refused in plain words.
 
-pydantic decides whether a document fits the nouns; the words come from the nouns' own types, so that a message says
-what is wanted ("train.epochs must be a number above 0, not -1") and never repeats a secret.
+pydantic decides whether a document fits the nouns (it is imported when first needed: 0.1 s); the words come from the
+nouns' own types, so that a message says what is wanted ("train.epochs must be a number above 0, not -1") and never
+repeats a secret.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.orchestrator import documents
 from tunesmith.orchestrator.errors import InputError
@@ -35,6 +34,9 @@ from tunesmith.orchestrator.wording import (
     unwrapped,
 )
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 # Plug-ins of pydantic have no say here, and looking for them reads the metadata of every package: 50 ms.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
@@ -46,7 +48,6 @@ MAX_SOURCES = 64
 _SHORT = {"model": "id", "adapter": "kind"}
 _LISTS = {("eval", "tasks"), ("adapter", "targets"), ("grpo", "rewards"), ("after",), ("notify",)}
 _NAME = re.compile(r"[^\W_][\w.+ -]{0,79}")
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 # --- specs -----------------------------------------------------------------------------------------------------------
@@ -172,13 +173,15 @@ def read_text(text: str) -> str:
 
 def schema(name: str) -> dict[str, Any]:
     """The JSON Schema of a spec, a plan, or an event line. Raises InputError for another name."""
+    from pydantic import TypeAdapter
+
     kinds: dict[str, Any] = {"spec": JobSpec, "plan": Plan, "event": Event}
     if name not in kinds:
         raise InputError(
             f"There is no schema {inert(name, limit=40)}.", fix="Ask for spec, plan or event.", code="schema.unknown"
         )
     if name == "spec":
-        made = TypeAdapter(tuple[JobSpec], config=_STRICT).json_schema()
+        made = _adapter(JobSpec).json_schema()
         made = {**made["prefixItems"][0], "$defs": made["$defs"]}
         top = made["$defs"].pop(made.pop("$ref").rpartition("/")[2])
         top["properties"]["tunesmith"] = {"const": SPEC_VERSION, "default": SPEC_VERSION}
@@ -354,7 +357,10 @@ def _wants_text(hint: Any) -> bool:
 
 @cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(tuple[kind], config=_STRICT)  # type: ignore[valid-type]  # a bare dataclass takes no config
+    """The validator of a one-item list of `kind`: a bare dataclass would take no configuration."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(tuple[kind], config=ConfigDict(extra="forbid", allow_inf_nan=False))  # type: ignore[valid-type]
 
 
 def _typed(doc: Mapping[str, Any]) -> JobSpec:
@@ -380,6 +386,8 @@ def _typed(doc: Mapping[str, Any]) -> JobSpec:
 
 
 def _validate(kind: type, doc: Mapping[str, Any], name: str) -> Any:
+    from pydantic import ValidationError
+
     try:
         return _adapter(kind).validate_json(json.dumps([doc]), strict=True)[0]
     except ValidationError as error:
