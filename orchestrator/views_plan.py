@@ -177,17 +177,19 @@ def _memory(size: Doc) -> RenderableType:
 
 
 def _training(spec: Doc) -> Text:
+    """How long and how; what is still `auto` (nothing could be sized) is left out."""
     train = spec.get("train") or {}
-    length = f"{figures.amount(train['max_steps'])} steps" if train.get("max_steps") else ""
-    length = length or f"{figures.amount(train.get('epochs'))} epochs"
+    steps, epochs = train.get("max_steps"), train.get("epochs")
+    length = f"{figures.amount(steps)} steps" if steps else f"{figures.amount(epochs)} epoch{'s' * (epochs != 1)}"
     said = [
-        length.replace("1 epochs", "1 epoch") if length == "1 epochs" else length,
-        f"learning rate {figures.amount(train.get('learning_rate'))} ({inert(train.get('scheduler', ''), limit=20)})",
-        f"{figures.amount(train.get('effective_batch'))} rows a step",
-        f"up to {figures.amount(train.get('max_length'))} tokens",
-        inert(train.get("dtype", ""), limit=20),
+        (epochs, length),
+        (train.get("learning_rate"), f"learning rate {figures.amount(train.get('learning_rate'))}"),
+        (train.get("scheduler"), f"{inert(train.get('scheduler'), limit=20)} schedule"),
+        (train.get("effective_batch"), f"{figures.amount(train.get('effective_batch'))} rows a step"),
+        (train.get("max_length"), f"up to {figures.amount(train.get('max_length'))} tokens"),
+        (train.get("dtype"), inert(train.get("dtype"), limit=20)),
     ]
-    return Text(", ".join(part for part in said if part and "unknown" not in part))
+    return Text(", ".join(text for value, text in said if value not in (None, "auto")))
 
 
 def _offers(offers: list[Doc]) -> RenderableType:
