@@ -308,7 +308,7 @@ def _choose_model(made: Made, index: int, part: Part, facts: list[Fact], doc: di
             if revision:
                 doc["model"] = {"revision": revision}
         elif value.id is not None:
-            ids.setdefault(value.id, fact.words)
+            ids.setdefault(_spoken(value.id, value.words), fact.words)
         elif value.choices:
             text = f"Which model is meant by {value.words!r}?"
             made.questions = (*made.questions, Question(field="model.id", text=text, choices=value.choices))
@@ -337,6 +337,13 @@ def _choose_model(made: Made, index: int, part: Part, facts: list[Fact], doc: di
         made.tell(index, "model.id", id, words)
     elif doc.get("model", {}).get("id") == "":
         del doc["model"]
+
+
+def _spoken(id: str, words: str) -> str:
+    """The id of a model, or the alias of the packaged weights where it was asked for by that."""
+    alias = catalogue.EMBEDDED_ALIAS
+    short = re.sub(r"[\W_]+", "", words.lower()) == alias.replace("-", "")
+    return alias if id == catalogue.EMBEDDED_ID and short else id
 
 
 def _unknown_model(made: Made, name: str) -> None:

@@ -23,6 +23,7 @@ from tunesmith.orchestrator.nouns import ModelRef
 __all__ = ["ModelFacts", "at_hand", "facts", "find", "from_config", "known", "nearest"]
 
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its weights come with the extra `demo`
+EMBEDDED_ALIAS = "smollm2-135m"  # asked for so, the packaged weights are meant, whether or not the Hub answers
 EMBEDDED_FOLDER = "smollm2-135m-"
 
 

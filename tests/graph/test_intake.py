@@ -7,7 +7,7 @@ import pytest
 from tunesmith.graph.intake import MOST, read
 
 QWEN = "Qwen/Qwen3-0.6B"
-SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOL = "smollm2-135m"
 GPU = {"backend": "local", "hardware.gpus": 1}
 CPU = {"backend": "local", "hardware": "cpu"}
 
@@ -216,7 +216,7 @@ TRAIN = {
     # how
     "train smollm2-135m-instruct on conversations.json, 2 epochs, effective batch size 32, micro batch 4, gradient "
     "checkpointing, weight decay 0.01, clip gradients at 0.5, seed 1": a(
-        SMOL,
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
         "conversations.json",
         train__epochs=2,
         train__effective_batch=32,

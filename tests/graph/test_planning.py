@@ -31,7 +31,7 @@ T4 = Device(
     as_of="2026-08-22",
 )
 A100 = replace(T4, hardware="a100-large", memory_bytes=80 * GIB, peak_flops=312e12, bandwidth=2e12, usd_per_hour=2.5)
-SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOL = "smollm2-135m"
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.loops import adapter, attention, loss
 from tunesmith.executors.kernel.loops.batches import Batch
 from tunesmith.orchestrator.errors import InputError
@@ -168,7 +169,8 @@ def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
         outer = model
         outer.requires_grad_(True)
     else:
-        outer = adapter.attach(model, spec.adapter, train.seed, spec.model.id)
+        known = catalogue.find(spec.model.id)
+        outer = adapter.attach(model, spec.adapter, train.seed, known.id if known else spec.model.id)
         fused = adapter.fuse(outer) > 0
     outer.to(device)
     if train.activation_checkpointing is True:
