@@ -153,6 +153,7 @@ class Run:
 
     def _encode(self, prepared: Prepared, tokenizer: Any) -> Rows:
         from tunesmith.executors.kernel.data import encode_many
+        from tunesmith.executors.kernel.data.load import no_usable_rows
 
         limit = int(self.spec.train.max_length)
         total = len(prepared.train) + len(prepared.eval)
@@ -169,6 +170,8 @@ class Run:
                     kept.append(result)
                     cut += result.truncated
                 self.reporter.progress("tokenizing", done, total, unit="rows")
+                if done % 4096 == 0:
+                    self._pause()
             parts.append(kept)
         self._report_dropped(lost, total)
         if cut:
@@ -176,7 +179,7 @@ class Run:
                 "data.truncated", f"{cut:,} of {total:,} rows were longer than {limit:,} tokens and lost their end."
             )
         if not parts[0]:
-            raise lost[0] if lost else InputError("There are no rows to train on.", code="data.no_usable_rows")
+            raise no_usable_rows(lost)
         return Rows(*parts)
 
     def _report_dropped(self, errors: Sequence[InputError], rows: int) -> None:

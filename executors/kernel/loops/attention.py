@@ -7,6 +7,8 @@ does not pass `documents` through, or needs what is not supported here, fails th
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,30 +53,41 @@ def packed_attention(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    known = _parameters(varlen.varlen_attn)
     q, k, v = (item[0].transpose(0, 1) for item in (query, key, value))
+    more: dict[str, Any] = {"scale": scale}
     left = -1 if window is None or window >= longest else window - 1
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(left, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    if "window_size" in known:
+        more["window_size"] = (left, 0)
+    elif left == -1:
+        more["is_causal"] = True
+    else:
+        raise NotImplementedError("a sliding window on this version of torch")
+    if "enable_gqa" in known:
+        more["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = (item.repeat_interleave(q.shape[1] // k.shape[1], 1) for item in (k, v))
+    out = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **more)
     assert isinstance(out, Tensor)
     return out[None]
+
+
+@cache
+def _parameters(function: Any) -> frozenset[str]:
+    """What a version of torch lets `varlen_attn` be told: windows and grouped heads came one after the other."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _per_document(
     query: Tensor, key: Tensor, value: Tensor, documents: tuple[int, ...], scale: float | None, window: int | None
 ) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype != torch.float32:
+        # torch 2.13's backward pass in bfloat16 takes twice the time of float32 for documents of some 200 tokens
+        query, key, value = query.float(), key.float(), value.float()
     pieces = []
     lengths = list(documents)
     for q, k, v in zip(*(torch.split(item, lengths, 2) for item in (query, key, value)), strict=True):
@@ -88,4 +101,4 @@ def _per_document(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
         )
-    return torch.cat(pieces, 2).transpose(1, 2)
+    return torch.cat(pieces, 2).transpose(1, 2).to(dtype)

@@ -128,7 +128,10 @@ def make_net(make_model):
     """A net over a tiny model; LoRA's B is filled, so that every gradient is different from zero."""
 
     def make(spec: JobSpec, family: str = "llama", **more) -> models.Net:
-        net = models.ready(make_model(family, **more), spec, CPU)
+        model = make_model(family, **more)
+        if spec.train.dtype == "bfloat16" and spec.adapter.kind != "none":
+            model.to(torch.bfloat16)  # as `load` does
+        net = models.ready(model, spec, CPU)
         draw = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, item in net.trainable():
