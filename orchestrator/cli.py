@@ -180,7 +180,7 @@ def plan(
 def say_missing(doc: Mapping[str, Any]) -> None:
     """Say on stderr where a plan names a command that this version does not have."""
     word = (doc.get("command") or ["", ""])[1:2]
-    if word and word[0] not in cli.commands:
+    if word and word[0] and word[0] not in cli.commands:
         say(f"This version has no `{word[0]}` command yet.")
 
 

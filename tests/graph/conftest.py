@@ -20,6 +20,7 @@ def _load(name):
 
 
 jobstore = _load("jobstore")
+driving = _load("driving")
 
 
 @pytest.fixture
@@ -49,3 +50,8 @@ def good(rows):
 def vague(rows):
     """A request that names no model, so that there is a question."""
     return Request(text=f"fine-tune on {rows}", cwd=str(rows.parent))
+
+
+@pytest.fixture
+def drive(store, tmp_path):
+    return driving.Drive(store, tmp_path)
