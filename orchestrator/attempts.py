@@ -11,7 +11,7 @@ from tunesmith.orchestrator.events import now
 from tunesmith.orchestrator.nouns import Attempt, build
 from tunesmith.orchestrator.ports import AttemptView, Handle
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, AttemptState, JobState, attempt_may
-from tunesmith.orchestrator.store import Row, Store, dumps
+from tunesmith.orchestrator.store import Row, Store, dumps, safe
 
 LIVE = tuple(state for state in AttemptState if state not in ATTEMPT_ENDS)
 _LIVE_SQL = "a.state IN ('submitted', 'starting', 'running', 'finishing', 'unknown')"
@@ -133,7 +133,7 @@ class Attempts:
             self.store.write(
                 "UPDATE attempts SET exit_code = ?, error = ?, ended_at = ? WHERE job = ? AND number = ?",
                 exit_code,
-                None if error is None else dumps(error),
+                None if error is None else dumps(safe(error)),
                 now(),
                 job,
                 number,

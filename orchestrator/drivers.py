@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from tunesmith.orchestrator import processes
 from tunesmith.orchestrator.errors import TunesmithError
 from tunesmith.orchestrator.home import Home
 from tunesmith.orchestrator.inert import inert
@@ -90,6 +91,9 @@ class Drivers:
     def tick(self) -> float:
         """Take what a dead driver held, start one where it is needed; the seconds until the next look."""
         self._reap()
+        for holder in self.leases.silent():
+            log.warning("driver %s hangs and is killed", holder)
+            processes.kill(holder)
         self.leases.reap()
         if not self.leases.wanted():
             return LOOK_SECONDS if self._child is None else BUSY_SECONDS

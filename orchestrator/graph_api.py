@@ -99,7 +99,8 @@ class GraphApi:
     def collect(self, call: Call) -> Doc:
         job, fence = call.path["job"], _fence(call)
         row = self.leases.collectable(job, fence)
-        artifacts = self.core.backends.get(row["backend"]).collect(handle_of(row))
+        with self.leases.busy(job):
+            artifacts = self.core.backends.get(row["backend"]).collect(handle_of(row))
         self.leases.collected(job, fence, row["number"], artifacts)
         return {"artifacts": plain(tuple(artifacts))}
 

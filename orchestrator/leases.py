@@ -6,9 +6,10 @@ transaction, so a driver that was superseded, or whose job a person has changed,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.orchestrator import processes, wishes
@@ -19,9 +20,10 @@ from tunesmith.orchestrator.home import Home, write_text
 from tunesmith.orchestrator.nouns import Attempt, Finding, Plan, Remedy, build, plain, spec_hash
 from tunesmith.orchestrator.ports import Artifact, JobView
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, JOB_ENDS, AttemptState, JobState, job_may
-from tunesmith.orchestrator.store import Row, Store, dumps
+from tunesmith.orchestrator.store import Row, Store, dumps, safe
 
 MAX_TRIES = 10
+SILENCE_SECONDS = 3600.0
 
 
 class Leases:
@@ -42,6 +44,8 @@ class Leases:
         self.attempts = Attempts(store)
         self._pauses: dict[str, float] = {}
         self._released = False
+        self._heard: dict[str, float] = {}  # when the holder of a lease last asked for something
+        self._busy: set[str] = set()  # jobs whose driver waits for us
 
     # --- leases ------------------------------------------------------------------------------------------------
 
@@ -67,6 +71,7 @@ class Leases:
             self.store.write(
                 "UPDATE jobs SET fence = ?, holder = ?, leased_wake = wake WHERE id = ?", fence, holder, job
             )
+            self._heard = {job: self.clock()}
             return job, fence
 
     def release(self, job: str, fence: int) -> None:
@@ -108,6 +113,25 @@ class Leases:
                 if taken:
                     self._trouble(row["id"], row["tries"] + 1)
         return [str(row["id"]) for row in dead]
+
+    def silent(self) -> list[str]:
+        """Holders that live, and have asked for nothing for an hour: hung in something that does not come back."""
+        moment, found = self.clock(), []
+        for row in self.store.rows("SELECT id, holder FROM jobs WHERE holder IS NOT NULL"):
+            since = self._heard.setdefault(row["id"], moment)
+            if row["id"] not in self._busy and moment - since > SILENCE_SECONDS:
+                found.append(str(row["holder"]))
+        return found
+
+    @contextlib.contextmanager
+    def busy(self, job: str) -> Iterator[None]:
+        """While the driver waits for something long that the daemon does for it, its silence means nothing."""
+        self._busy.add(job)
+        try:
+            yield
+        finally:
+            self._busy.discard(job)
+            self._heard[job] = self.clock()
 
     def restless(self, job: str) -> bool:
         """Whether the graph has something to do for a job, by the store's facts alone."""
@@ -164,6 +188,7 @@ class Leases:
     def check(self, job: str, fence: int) -> Row:
         """The row of a job whose lease has this fence. Raises Conflict where the lease was lost."""
         row = self.store.job(job)
+        self._heard[job] = self.clock()
         if row["fence"] != fence or row["holder"] is None:
             raise Conflict(
                 f"The lease of {job} was lost.",
@@ -292,7 +317,7 @@ class Leases:
             store.write(
                 "UPDATE attempts SET cause = ?, evidence = ? WHERE job = ? AND number = ?",
                 cause,
-                dumps(list(evidence)),
+                dumps(safe(plain(list(evidence)))),
                 job,
                 number,
             )
@@ -302,7 +327,7 @@ class Leases:
                 )
             if row["cause"] is None:
                 store.record(
-                    job, {"attempt": number, "cause": cause, "evidence": plain(list(evidence))}, kind="diagnosis"
+                    job, {"attempt": number, "cause": cause, "evidence": safe(plain(list(evidence)))}, kind="diagnosis"
                 )
 
     def collectable(self, job: str, fence: int) -> Row:
@@ -340,9 +365,10 @@ class Leases:
             row = self.check(job, fence)
             if self.attempts.any_live(job):
                 raise Conflict(f"An attempt of {job} has not ended.", code="attempt.live", where=job)
+            error = None if error is None else safe(plain(error))
             kept = {} if error is None and state != JobState.SUCCEEDED else {"error": dumps(error) if error else None}
             store.set(job, wanted=None, **kept)
-            said = {"error": plain(error)} if error else {}
+            said = {"error": error} if error else {}
             if row["state"] == state and row["wanted"] is not None:
                 store.record(job, {"state": state, "from": state, **said})
             store.move(job, state, **said)

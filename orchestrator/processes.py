@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,28 @@ def alive(who: str) -> bool:
     except (IndexError, ValueError):
         return False
     return identity(pid) == who
+
+
+def kill(who: str) -> bool:
+    """Send SIGKILL to exactly the process that `identity` named; False where it is gone. Never hits a reused pid."""
+    try:
+        pid = int(who.rsplit(":", 2)[1])
+        handle = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    except (IndexError, ValueError, OSError):
+        return False
+    try:
+        if not alive(who):
+            return False
+        if handle is None:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        return True
+    except OSError:
+        return False
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _ticks(pid: int) -> str | None:

@@ -8,6 +8,7 @@ adopted and none is started twice. Executors' calls may block, so each backend h
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,7 @@ STOP_GRACE_SECONDS = 60.0
 LONGEST_PAUSE = 30.0
 UNREACHABLE_AFTER = 3
 START_TRIES = 5
+_CHECKPOINT = re.compile(r"checkpoints/[A-Za-z0-9_-][A-Za-z0-9._-]{0,100}", re.ASCII)
 ROUNDS = 64  # pages of events in one look; more come with the next tick
 
 
@@ -193,9 +195,12 @@ class Lane:
         return seen
 
     def _checkpoints(self, job: str, number: int, events: Iterable[Event]) -> None:
-        paths = [event.values.get("path") for event in events if event.kind is Kind.CHECKPOINT]
-        if paths and isinstance(paths[-1], str):
-            Attempts(self.store).checkpoint(job, number, f"attempts/{number}/{paths[-1]}"[:1000])
+        told = [str(event.values.get("path")) for event in events if event.kind is Kind.CHECKPOINT]
+        paths = [
+            path for path in told if _CHECKPOINT.fullmatch(path)
+        ]  # a line is a file's word: no path leads elsewhere
+        if paths:
+            Attempts(self.store).checkpoint(job, number, f"attempts/{number}/{paths[-1]}")
 
     # --- ending an attempt -------------------------------------------------------------------------------------
 

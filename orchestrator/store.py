@@ -19,6 +19,7 @@ from typing import Any
 from tunesmith.orchestrator import home, schema
 from tunesmith.orchestrator.errors import Conflict, InputError, StorageError
 from tunesmith.orchestrator.events import finite, now
+from tunesmith.orchestrator.inert import mask
 from tunesmith.orchestrator.nouns import Approval, Plan, Request, build, plain
 from tunesmith.orchestrator.states import JOB_ENDS, JobState, job_may
 
@@ -327,6 +328,17 @@ def dumps(value: Any) -> str:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError):
         return json.dumps(finite(plain(value)), separators=(",", ":"), allow_nan=False)
+
+
+def safe(value: Any) -> Any:
+    """Plain values as they may be kept: everything in text that looks like a secret masked."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {str(key): safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [safe(item) for item in value]
+    return value
 
 
 def unknown(ref: str) -> InputError:

@@ -203,7 +203,7 @@ class Daemon:
         """Do what a driver does, once for each job that needs it, until none does: a short graph without LangGraph."""
         from tunesmith.orchestrator.remote import Line, RemoteLeases
 
-        with contextlib.closing(Line(self.home)) as line:
+        with contextlib.closing(Line(self.home, patience_seconds=2.0)) as line:
             leases = RemoteLeases(line)
             while (leased := leases.next(0)) is not None:
                 job, port = leased
@@ -231,17 +231,13 @@ def step(port: Any, job: str) -> None:
         sets["hours"] = sets.pop("limits.hours", None)
         port.save_plan(job, make_plan(**{"backend": "toy", **sets}))
         view = port.view(job)
-    if last is not None and last.cause is None and view.wanted != "retry":
-        port.diagnose(job, last.number, "test", (), ())
-        ends = {
-            AttemptState.SUCCEEDED: JobState.SUCCEEDED,
-            AttemptState.FAILED: JobState.FAILED,
-            AttemptState.CANCELLED: JobState.CANCELLED,
-            AttemptState.LOST: JobState.LOST,
-        }
-        port.finish(job, ends[last.state], last.error) if last.state is not AttemptState.SUCCEEDED else deliver(
-            port, job
-        )
+    if last is not None and view.state in (JobState.QUEUED, JobState.RUNNING, JobState.DELIVERING):
+        if last.cause is None:
+            port.diagnose(job, last.number, "test", (), ())
+        if last.state is AttemptState.SUCCEEDED:
+            deliver(port, job)
+        else:
+            port.finish(job, JobState(str(last.state)), last.error)
         return
     if view.approval is not None and (view.state is JobState.QUEUED or view.wanted == "retry"):
         number = last.number + 1 if last else 1

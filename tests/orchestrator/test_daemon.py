@@ -133,6 +133,7 @@ def test_a_home_with_a_long_path(tmp_path: Path) -> None:
 def test_it_stays_light(daemon) -> None:
     submit(daemon, "ok 3")
     daemon.drive()
+    daemon.get("/backends")
     mapped = Path(f"/proc/{daemon.process.pid}/maps").read_text()
     assert not any(f"/{name}/" in mapped for name in HEAVY)
     assert psutil.Process(daemon.process.pid).memory_info().rss < 200 * 2**20
@@ -232,6 +233,35 @@ def test_a_driver_that_cannot_start_fails_the_job_with_the_reason(home: Home, co
     assert stat.S_IMODE(home.driver_log.stat().st_mode) == 0o600
 
 
+def test_a_driver_that_hangs_is_killed(home: Home, core) -> None:
+    job = core.create()
+    clock = [0.0]
+    core.leases.clock = lambda: clock[0]
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    drivers = Drivers(core.leases, home, command=command, clock=lambda: clock[0])
+    drivers.tick()
+    pid = drivers.pid
+    assert pid is not None
+    leased = core.leases.lease(str(processes.identity(pid)))
+    assert leased is not None
+    clock[0] += 3000.0
+    drivers.tick()
+    assert drivers.pid == pid
+    core.leases.view(*leased)
+    clock[0] += 3000.0
+    with core.leases.busy(job):
+        clock[0] += 9000.0
+        drivers.tick()
+    assert drivers.pid == pid
+    clock[0] += 3700.0
+    drivers.tick()
+    until = time.monotonic() + 20
+    while core.store.job(job)["holder"] is not None:
+        drivers.tick()
+        assert time.monotonic() < until
+    drivers.stop()
+
+
 def test_no_second_driver_beside_a_living_one(home: Home, core, driver_place: None) -> None:
     core.create()
     drivers = Drivers(core.leases, home, command=[sys.executable, "-c", ""])
@@ -250,6 +280,7 @@ def test_a_process_is_known_by_more_than_its_pid() -> None:
     assert not processes.alive(f"{boot}:{pid}:{int(ticks) + 1}")
     assert not processes.alive(f"other-boot:{pid}:{ticks}")
     assert not processes.alive("nonsense")
+    assert not processes.kill(f"{boot}:{pid}:{int(ticks) + 1}")
     child = subprocess.Popen([sys.executable, "-c", ""])
     known = processes.identity(child.pid)
     while known is not None and processes.alive(known):

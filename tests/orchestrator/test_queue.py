@@ -155,6 +155,17 @@ def test_checkpoints_are_remembered_relative_to_the_job(yard) -> None:
     assert yard.attempt(job)["checkpoint"] == f"attempts/1/{path}"
 
 
+@pytest.mark.parametrize(
+    "path", ["../../../etc", "/etc", "checkpoints/../..", "checkpoints/.", "checkpoints/a/b", 7, None]
+)
+def test_a_checkpoint_lies_where_checkpoints_lie(yard, path: Any) -> None:
+    job = yard.core.queued()
+    yard.tick(2)
+    yard.puppet.only()["events"].append(Event(1, 1, "t", Kind.CHECKPOINT, {"path": path}, 10))
+    yard.tick()
+    assert yard.attempt(job)["checkpoint"] is None
+
+
 # --- restarts ------------------------------------------------------------------------------------------------------
 
 

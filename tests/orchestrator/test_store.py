@@ -408,6 +408,22 @@ def test_a_planning_error_is_retried_from_planning(core) -> None:
     assert core.store.job(job)["error"] is None
 
 
+def test_an_error_keeps_no_secret(core) -> None:
+    job = core.queued()
+    token = "hf_" + "a1" * 20
+    error = {"code": "x", "message": f"401 for https://me:{token}@hub", "why": ["nested", token]}
+    Attempts(core.store).begin(job, 1)
+    Attempts(core.store).end(job, 1, AttemptState.FAILED, 1, error)
+    leased, fence = core.lease()
+    core.leases.diagnose(leased, fence, 1, "code", (Finding(level="error", code="x", message=token),), ())
+    core.leases.finish(leased, fence, JobState.FAILED, error)
+    found = [
+        tuple(row) for table in ("jobs", "attempts", "events") for row in core.store.rows(f"SELECT * FROM {table}")
+    ]
+    assert token not in repr(found)
+    assert "401 for" in core.store.job(job)["error"]
+
+
 def test_an_attempt_ends_once_and_by_its_reason(core) -> None:
     job = core.queued()
     attempts = Attempts(core.store)
