@@ -53,10 +53,35 @@ def request(
 
     cwd = cwd or os.getcwd()
     if is_spec(target, cwd):
-        spec = wire.spec_doc(Path(cwd, target).expanduser(), sets)
+        path = Path(cwd, target).expanduser()
+        spec = beside(wire.spec_doc(path, sets), path.parent, Path(cwd))
         return wire.read_request({"spec": spec, "backend": backend, "quick": quick, "cwd": cwd})
     documents.check_plain({"backend": backend, "cwd": cwd}, name="The request")
     return Request(text=wire.read_text(target), sets=wire.read_sets(sets), backend=backend, quick=quick, cwd=cwd)
+
+
+def beside(spec: Doc, folder: Path, cwd: Path) -> Doc:
+    """A spec whose data lies beside its file: paths that lead nowhere from `cwd` begin at the spec's own folder."""
+
+    def settle(name: str) -> str:
+        if "\0" in name or "://" in name or _there(cwd, name) or not _there(folder, name):
+            return name
+        return os.path.normpath(folder / name)
+
+    data = [{**item, "source": settle(item["source"])} for item in spec["data"]]
+    changed = {**spec, "data": data}
+    held_out = (spec.get("eval") or {}).get("source")
+    if held_out:
+        changed["eval"] = {**spec["eval"], "source": settle(held_out)}
+    return changed
+
+
+def _there(folder: Path, name: str) -> bool:
+    """Whether a relative path or pattern leads to something from a folder."""
+    try:
+        return (folder / Path(name).expanduser()).exists() or ("*" in name and any(folder.glob(name)))
+    except (OSError, ValueError, NotImplementedError):  # a name too long, an absolute pattern
+        return False
 
 
 def is_spec(target: str, cwd: str) -> bool:

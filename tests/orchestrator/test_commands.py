@@ -106,3 +106,16 @@ def test_a_plan_becomes_one_document() -> None:
     assert made["schema_version"] == 1
     assert made["command"] == ["tunesmith", "run", "x"]
     assert commands.resolved_specs(made) == []
+
+
+def test_data_beside_a_spec_is_found_from_anywhere_and_the_callers_folder_wins(tmp_path, monkeypatch) -> None:
+    there, here = tmp_path / "specs", tmp_path / "here"
+    there.mkdir()
+    here.mkdir()
+    (there / "job.yaml").write_text("model: {id: smollm2-135m}\ndata: [{source: rows.jsonl}, {source: org/name}]\n")
+    (there / "rows.jsonl").write_text("{}\n")
+    monkeypatch.chdir(here)
+    found = commands.request("../specs/job.yaml")
+    assert [item["source"] for item in found.spec["data"]] == [str(there / "rows.jsonl"), "org/name"]
+    (here / "rows.jsonl").write_text("{}\n")
+    assert commands.request("../specs/job.yaml").spec["data"][0]["source"] == "rows.jsonl"
