@@ -156,6 +156,7 @@ class Engine:
         Raises JobFailed (nan) where the loss is not a number, StorageError where a checkpoint cannot be written.
         """
         self._clock = time.perf_counter()
+        self.net.outer.train()
         if self._due(self.train.eval_steps):
             self._evaluate()
         while self.cursor.step < self.total:
@@ -177,14 +178,18 @@ class Engine:
         return Outcome("early" if early else "finished", self.cursor.step, best, self.cursor.ledger)
 
     def restore_best(self) -> int:
-        """With early stopping, take back the weights of the best evaluation; returns their step."""
+        """With early stopping, take back the weights of the best evaluation; returns the step of those in place."""
         best = self.cursor.best_step
-        if self.train.early_stopping is not None and best != self.cursor.step:
-            folder = checkpoint.step_folder(self.checkpoints, best)
+        if self.train.early_stopping is None or best == self.cursor.step:
+            return self.cursor.step
+        folder = checkpoint.step_folder(self.checkpoints, best)
+        try:
             checkpoint.verify(folder)
-            self.net.load(folder)
-            return best
-        return self.cursor.step
+        except StorageError as error:
+            self.reporter.alert(error.code, f"The best weights are lost; the last ones are delivered. {error}")
+            return self.cursor.step
+        self.net.load(folder)
+        return best
 
     def save(self) -> None:
         """Write a checkpoint of the present step, prune older ones, and say so. Broken weights are never saved."""
@@ -223,7 +228,6 @@ class Engine:
         units = max(1, sum(batch.weight for batch in batches))
         tokens = sum(batch.tokens for batch in batches)
         total = torch.zeros((), device=self.net.device)
-        self.net.outer.train()
         for batch in batches:
             if batch.weight:
                 self._seed(index, batch)
@@ -244,7 +248,8 @@ class Engine:
         self.cursor.ledger.append(self._numbers(picked))
         figures, arrived = torch.stack([total, norm.to(total)]), None
         if figures.is_cuda:
-            figures, arrived = figures.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            figures = torch.empty(2, dtype=figures.dtype, pin_memory=True).copy_(figures, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         self._waiting.append(_Taken(self.cursor.step, figures, arrived, rate, tokens, self.cursor.tokens))
         self._settle(0 if arrived is None else 1)

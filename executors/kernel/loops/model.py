@@ -141,20 +141,21 @@ def load(folder: Path, spec: JobSpec, device: torch.device) -> Net:
             fix="Set bfloat16 or float32.",
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=torch.float32 if full or half is None else half,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"The model {spec.model.id!r} cannot be loaded.",
-            code="model.unloadable",
-            why=_first_line(error),
-            fix="Use a causal language model in safetensors whose architecture transformers knows.",
-        ) from error
+    except Exception as error:  # a strangers' config and weights: transformers and safetensors may raise anything
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise
+        raise _unloadable(spec, _first_line(error)) from error
+    absent = sorted({*map(str, info["missing_keys"]), *(str(item[0]) for item in info["mismatched_keys"])})
+    if absent:  # transformers would train them from random values
+        raise _unloadable(spec, f"{len(absent):,} of its weights are missing or of another shape, such as {absent[0]}.")
     return ready(model, spec, device)
 
 
@@ -181,6 +182,16 @@ def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     outer.train()
     return Net(outer, adapted=not full, device=device, autocast=None if fused else half)
+
+
+def _unloadable(spec: JobSpec, why: str) -> InputError:
+    return InputError(
+        f"The model {spec.model.id!r} cannot be loaded.",
+        code="model.unloadable",
+        why=why,
+        where="model.id",
+        fix="Use a causal language model in safetensors whose architecture transformers knows.",
+    )
 
 
 def _first_line(error: BaseException) -> str:

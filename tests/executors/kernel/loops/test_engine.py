@@ -279,6 +279,19 @@ def test_early_stopping_takes_the_best_weights(make_bench, make_spec, make_rows)
     assert bench.events(Kind.METRIC)[-1].values["eval/loss"] == losses[best]
 
 
+def test_damaged_best_weights_are_not_taken(make_bench, make_spec, make_rows):
+    spec = make_spec(epochs=60, learning_rate=0.05, eval_steps=2, early_stopping=2, scheduler="constant")
+    bench = make_bench(spec, make_rows(8), held_out=make_rows(6, seed=3))
+    outcome = bench.engine.run()
+    last = bench.weights()
+    best = checkpoint.step_folder(bench.folder / "checkpoints", outcome.best_step)
+    os.truncate(best / "adapter_model.safetensors", 100)
+    assert bench.engine.restore_best() == outcome.step
+    assert all(torch.equal(item, last[name]) for name, item in bench.weights().items())
+    (alert,) = bench.events(Kind.ALERT)
+    assert alert.values["code"] == "checkpoint.corrupt"
+
+
 @pytest.mark.slow
 def test_early_stopping_goes_on_over_a_resume(make_bench, make_spec, make_rows):
     rows, held = make_rows(8), make_rows(6, seed=3)
