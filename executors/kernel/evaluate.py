@@ -24,7 +24,7 @@ from tunesmith.executors.kernel import data
 from tunesmith.orchestrator.errors import InputError, TunesmithError
 from tunesmith.orchestrator.nouns import Attempt, build
 
-BATCH = 8
+BATCH = 16
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
