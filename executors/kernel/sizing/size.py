@@ -75,12 +75,15 @@ def saved_per_token(layout: Layout) -> int:
     wide, thin = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     total = hidden * facts.hidden + inner * facts.intermediate * max(1, facts.experts_used)
     total += query * wide + narrow * thin + rank * layout.rank * len(layout.targets) + 4 * facts.heads + 8
+    raised = key == ("lora", 2) and layout.device == "cpu"  # attention in float32 there: it is faster
+    if raised:
+        total += 4 * (wide + thin)
     if facts.norms > 2:
         total += (16 if full else 8) * facts.hidden + 8
         total += 2 * (wide + thin) if key == ("none", 2) else 0
     if facts.qk_norm:
         total += _SAVED_QK_NORM.get(key, 4) * (wide + thin) + 4 * (facts.heads + facts.kv_heads)
-    if facts.model_type == "phi3":  # query, key and value are copied out of one product
+    if facts.model_type == "phi3" and not raised:  # query, key and value are copied out of one product
         total += width * (wide + thin) - (6 * facts.hidden if key in (("dora", 2), ("none", 2)) else 0)
     return total + _EAGER.get(facts.model_type, 0) * facts.heads * layout.longest
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -329,25 +328,26 @@ def catalogue_name(path: Path) -> str:
     return gguf_file.folder_name(path)
 
 
-def _convert(path: str, cache: str, counts) -> None:
-    started = []
-    weights.locate(ModelRef(id=path), Path(cache), progress=lambda phase, done, total: started.append((phase, done)))
-    counts.put(sum(call == ("convert", 0) for call in started))
+CONVERT = """
+import sys
+from pathlib import Path
+from tunesmith.executors.kernel import weights
+from tunesmith.orchestrator.nouns import ModelRef
+started = []
+tell = lambda phase, done, total: started.append((phase, done))
+weights.locate(ModelRef(id=sys.argv[1]), Path(sys.argv[2]), progress=tell)
+print(started.count(("convert", 0)))
+"""
 
 
 @pytest.mark.slow
 def test_many_processes_convert_once(tmp_path):
     path = tmp_path / "small.gguf"
     gguf_of_a_small_llama(path)
-    context = multiprocessing.get_context("spawn")
-    counts = context.SimpleQueue()
-    workers = [context.Process(target=_convert, args=(str(path), str(tmp_path / "c"), counts)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert sum(counts.get() for _ in workers) == 1
+    command = [sys.executable, "-P", "-c", CONVERT, str(path), str(tmp_path / "c")]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    counts = [int(worker.communicate(timeout=120)[0]) for worker in workers]
+    assert sum(counts) == 1
 
 
 def test_what_a_crash_left_is_swept_away(tmp_path):
