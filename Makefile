@@ -45,10 +45,10 @@ test: lint
 	@$(BIN)/python -P -m pytest -q -n 2 -m "not proof"
 
 proof: $(VENV)/.dev
-	@$(BIN)/python -P benchmarks/proof.py $(ITEMS)
+	@$(BIN)/python benchmarks/proof.py $(ITEMS)
 
 bench: $(VENV)/.dev
-	@$(BIN)/python -P benchmarks/startup.py
+	@$(BIN)/python benchmarks/startup.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .demo .proof

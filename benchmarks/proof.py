@@ -29,10 +29,8 @@ class Item:
 
 PYTHON = sys.executable
 ITEMS = (
-    Item("startup", "help <= 0.2 s, plan <= 1.0 s", (PYTHON, "-P", "benchmarks/startup.py")),
-    Item(
-        "fresh-clone", "an empty clone and HOME: make demo, then make test", (PYTHON, "-P", "benchmarks/fresh_clone.py")
-    ),
+    Item("startup", "help <= 0.2 s, plan <= 1.0 s", (PYTHON, "benchmarks/startup.py")),
+    Item("fresh-clone", "an empty clone and HOME: make demo, then make test", (PYTHON, "benchmarks/fresh_clone.py")),
     Item(
         "full-counts", "every test marked proof", (PYTHON, "-P", "-m", "pytest", "-q", "-m", "proof", "--timeout=3600")
     ),
