@@ -22,6 +22,7 @@ from tunesmith.graph.draft import Draft, Fit, StageDraft, finding_of
 from tunesmith.graph.intake import Reading, read
 from tunesmith.orchestrator.errors import BackendUnavailable, InputError, TunesmithError
 from tunesmith.orchestrator.nouns import (
+    DataReport,
     Device,
     Estimate,
     Finding,
@@ -38,6 +39,7 @@ from tunesmith.orchestrator.nouns import (
     plain,
     plan_hash,
 )
+from tunesmith.orchestrator.nouns import Mapping as DataMapping
 
 BUILT = ("sft",)
 NOT_YET = (
@@ -197,7 +199,35 @@ def _inspected(stage: StageDraft, draft: Draft, cache: Path) -> StageDraft:
             findings += [_unknown_model(ref)] if facts is None else []
         commit = folder.name if folder is not None and folder.parent.name == "snapshots" else None
     report = data.inspect(spec, facts=facts, tokenizer_folder=folder)
-    return stage.noting(*findings, data=report, model_commit=commit)
+    chosen = _mappings(spec, report)
+    sources = tuple(
+        source if mapping is None else replace(source, mapping=mapping)
+        for source, mapping in zip(spec.data, chosen, strict=True)
+    )
+    resolved = tuple(
+        Resolved(key=f"data.{index}.mapping", value=plain(mapping), why=f"what the columns say: {report.format}")
+        for index, mapping in enumerate(chosen)
+        if mapping is not None
+    )
+    return stage.noting(
+        *findings,
+        spec=replace(spec, data=sources),
+        resolved=(*stage.resolved, *resolved),
+        data=report,
+        model_commit=commit,
+    )
+
+
+def _mappings(spec: JobSpec, report: DataReport) -> list[DataMapping | None]:
+    """The mapping found for each source that leaves it to the plan; None where it is said, or cannot be known."""
+    from tunesmith.executors.kernel import data
+
+    if len(spec.data) == 1:
+        return [report.mapping if spec.data[0].mapping == "auto" else None]
+    return [
+        data.mapping_of(source, method=spec.method) if source.mapping == "auto" and report.mapping else None
+        for source in spec.data
+    ]
 
 
 def _base(draft: Draft, ref: ModelRef) -> ModelRef | None:

@@ -10,7 +10,7 @@ inspect, check                what a plan and the `check` command say of data
 from tunesmith.executors.kernel.data.checks import check
 from tunesmith.executors.kernel.data.convert import Example, Message, convert
 from tunesmith.executors.kernel.data.formats import detect, understand
-from tunesmith.executors.kernel.data.load import Conversion, Prepared, prepare
+from tunesmith.executors.kernel.data.load import Conversion, Prepared, mapping_of, prepare
 from tunesmith.executors.kernel.data.render import Encoded, encode, encode_many, stop_tokens
 from tunesmith.executors.kernel.data.report import inspect
 from tunesmith.executors.kernel.data.sources import Row, fingerprint, read, rows_in
@@ -31,6 +31,7 @@ __all__ = [
     "fingerprint",
     "held_out",
     "inspect",
+    "mapping_of",
     "prepare",
     "read",
     "repeats",

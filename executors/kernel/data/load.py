@@ -52,6 +52,15 @@ class Conversion:
                     yield row, error
 
 
+def mapping_of(source: DataSource, *, method: str = "sft", offline: bool = True) -> Mapping | None:
+    """The mapping of one source, from its first rows; None where it cannot be read or fits no format."""
+    try:
+        head = [row for _, row in islice(open_source(source, offline=offline), SAMPLE)]
+        return understand(head, source.mapping, method=method)[1]
+    except InputError:
+        return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """The rows of a run. `train` and `eval` are disjoint; `dropped` holds the error of each row that was left out.
