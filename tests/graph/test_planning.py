@@ -373,6 +373,21 @@ def test_a_resolved_spec_plans_to_itself(make):
     assert again.resolved == ()
 
 
+def test_the_mapping_of_every_source_is_settled_in_the_plan(make, rows):
+    other = rows.with_name("other.jsonl")
+    other.write_text("".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(9)))
+    one = stage(make(spec={"model": {"id": SMOL}, "data": [{"source": str(rows)}, {"source": str(other)}]}))
+    assert [source.mapping.columns for source in one.spec.data] == [
+        {"prompt": "prompt", "completion": "completion"},
+        {"prompt": "question", "completion": "answer"},
+    ]
+    assert {"data.0.mapping", "data.1.mapping"} <= {item.key for item in one.resolved}
+    said = {"kind": "prompt-completion", "columns": {"prompt": "answer", "completion": "question"}}
+    one = stage(make(spec={"model": {"id": SMOL}, "data": [{"source": str(other), "mapping": said}]}))
+    assert one.spec.data[0].mapping.columns == said["columns"]
+    assert "data.0.mapping" not in {item.key for item in one.resolved}
+
+
 def test_planning_loads_nothing_heavy(rows, tmp_path):
     program = (
         "import sys, json; from pathlib import Path\n"
