@@ -225,7 +225,7 @@ def _mappings(spec: JobSpec, report: DataReport) -> list[DataMapping | None]:
     if len(spec.data) == 1:
         return [report.mapping if spec.data[0].mapping == "auto" else None]
     return [
-        data.mapping_of(source, method=spec.method) if source.mapping == "auto" and report.mapping else None
+        data.mapping_of(source, method=spec.method) if source.mapping == "auto" and report.rows is not None else None
         for source in spec.data
     ]
 
