@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.executors.kernel import checkpoint
 from tunesmith.executors.kernel.control import Control
 from tunesmith.executors.kernel.reporter import Reporter
+from tunesmith.executors.kernel.spoken import speak
 from tunesmith.executors.kernel.track import Track
 from tunesmith.orchestrator.errors import InputError, JobFailed, Stopped, StorageError, TunesmithError
 from tunesmith.orchestrator.events import Kind
@@ -47,7 +48,7 @@ def run(folder: Path) -> int:
     control = Control(folder / "control")
     with reporter, control.listening():
         track = Track(home_of(folder), attempt.job, plain(attempt.spec), lambda text: reporter.log(text, "warning"))
-        reporter.listeners.append(track)
+        reporter.listeners += [track, speak]
         reporter.state("starting")
         try:
             Run(folder, attempt, reporter, control).go()
