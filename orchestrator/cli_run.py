@@ -241,16 +241,18 @@ def follow(client: Client, job: str, *, lines: bool, restart: bool) -> tuple[int
     With `lines` every event is a JSON line on stdout; otherwise progress is drawn on stderr.
     """
     from tunesmith.orchestrator import commands
+    from tunesmith.orchestrator.ctrlc import CtrlC
 
-    events = commands.watch(client, job, restart=restart, notice=say)
     try:
-        if lines:
-            for event in events:
-                print_json(event, line=True)
-        elif sys.stderr.isatty():
-            _draw_live(events)
-        else:
-            _print_lines(events)
+        with CtrlC() as ctrl_c:
+            events = ctrl_c.each(commands.watch(client, job, restart=restart, notice=say))
+            if lines:
+                for event in events:
+                    print_json(event, line=True)
+            elif sys.stderr.isatty():
+                _draw_live(events)
+            else:
+                _print_lines(events)
     except KeyboardInterrupt:
         if lines:
             say(f"Detached from {job}; the job goes on.")
