@@ -29,6 +29,24 @@ Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
 
 METHODS = ("sft", "dpo", "grpo", "kto", "rloo", "reward", "distill")
+SAMPLED = ("grpo", "rloo", "distill")  # methods that train on what the model writes itself
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
 
 
 # --- what a user asks for ------------------------------------------------------------------------------------------
@@ -113,15 +131,27 @@ class TrainSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DpoSpec:
-    """Direct preference optimisation."""
+    """Direct preference optimisation, with TRL's names and defaults.
+
+    `label_smoothing` is read by the losses robust, exo_pair, aot and aot_unpaired. The `reference` is the model as it
+    was before training, or none at all: then every reference log-probability counts as 0.
+    """
 
     beta: Positive = 0.1
-    loss: str = "sigmoid"
+    loss: DpoLoss = "sigmoid"
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    reference: Literal["base", "none"] = "base"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoSpec:
-    """Group relative policy optimisation."""
+    """Group relative policy optimisation; rloo reads all but `loss`, `scale_rewards` and `mask_truncated`.
+
+    Ratios are clipped to [1 - epsilon, 1 + epsilon_high], where a missing `epsilon_high` is epsilon. Advantages are
+    divided by the standard deviation of their group's rewards, of the whole step's (batch), or by nothing.
+    `mask_truncated` leaves completions that were cut at `max_completion` out of the loss. `reward_weights` has one
+    number for each reward; empty means 1 each.
+    """
 
     num_generations: Annotated[int, Ge(2)] = 8
     max_completion: Count = 256
@@ -129,7 +159,35 @@ class GrpoSpec:
     loss: Literal["dapo", "grpo", "dr_grpo", "bnpo"] = "dapo"
     beta: Annotated[float, Ge(0)] = 0.0
     num_iterations: Count = 1
+    epsilon: Annotated[float, Gt(0), Lt(1)] = 0.2
+    epsilon_high: Positive | None = None
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    mask_truncated: bool = False
     rewards: tuple[str, ...] = ("auto",)
+    reward_weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KtoSpec:
+    """Kahneman-Tversky optimisation: the weights even out unequal numbers of good and bad answers."""
+
+    beta: Positive = 0.1
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSpec:
+    """On-policy distillation: the student writes, and learns the teacher's distribution over what it wrote.
+
+    `teacher` is a model as in `model.id`, of the same vocabulary. `beta` is the divergence: 0 is forward
+    Kullback-Leibler, 1 reverse, and between them Jensen-Shannon.
+    """
+
+    teacher: str | None = None
+    beta: Annotated[float, Ge(0), Le(1)] = 1.0
+    max_completion: Count = 256
+    temperature: Positive = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +224,8 @@ class JobSpec:
     train: TrainSpec = TrainSpec()
     dpo: DpoSpec = DpoSpec()
     grpo: GrpoSpec = GrpoSpec()
+    kto: KtoSpec = KtoSpec()
+    distill: DistillSpec = DistillSpec()
     backend: str = "local"
     hardware: str | Dict[str, Any] | None = None
     limits: Limits = Limits()

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from tunesmith.executors.kernel.loops.forks import Fork, Forks
 
 NAME = "tunesmith_packed"
 
@@ -35,30 +38,47 @@ def packed_attention(
     scaling: float | None = None,
     documents: tuple[int, ...] | None = None,
     bounds: Tensor | None = None,
+    forks: Forks | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document: [1, heads, T, dim] in, [1, T, heads, dim] out.
 
+    With `forks`, answers also look at the prompt that they continue.
     Raises NotImplementedError where a model asks for what is not exact here: soft caps, sinks, dropout, a bias.
     """
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if documents is None or query.shape[0] != 1 or attention_mask is not None or unsupported or dropout:
         raise NotImplementedError(f"packed attention without {', '.join(unsupported) or 'documents'}")
-    if query.is_cuda and bounds is not None and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, bounds, max(documents), scaling, sliding_window), None
+    fast = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if forks is not None and fast:
+        # queries count from the end of their keys, as flash attention aligns causal masks: at the lower right
+        key, value = key.index_select(2, forks.keys), value.index_select(2, forks.keys)
+        both, longest = (forks.bounds, forks.key_bounds), (max(documents), forks.longest)
+        return _varlen(query, key, value, both, longest, scaling, sliding_window), None
+    if forks is not None:
+        return _per_fork(query, key, value, forks, scaling, sliding_window), None
+    if fast and bounds is not None:
+        both, longest = (bounds, bounds), (max(documents), max(documents))
+        return _varlen(query, key, value, both, longest, scaling, sliding_window), None
     return _per_document(query, key, value, documents, scaling, sliding_window), None
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention import varlen
 
     known = _parameters(varlen.varlen_attn)
     q, k, v = (item[0].transpose(0, 1) for item in (query, key, value))
     more: dict[str, Any] = {"scale": scale}
-    left = -1 if window is None or window >= longest else window - 1
+    left = -1 if window is None or window >= longest[1] else window - 1
     if "window_size" in known:
         more["window_size"] = (left, 0)
     elif left == -1:
@@ -69,7 +89,7 @@ def _varlen(
         more["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = (item.repeat_interleave(q.shape[1] // k.shape[1], 1) for item in (k, v))
-    out = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **more)
+    out = varlen.varlen_attn(q, k, v, *bounds, *longest, **more)
     assert isinstance(out, Tensor)
     return out[None]
 
@@ -85,9 +105,7 @@ def _per_document(
 ) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype != torch.float32:
-        # torch 2.13's backward pass in bfloat16 takes twice the time of float32 for documents of some 200 tokens
-        query, key, value = query.float(), key.float(), value.float()
+    query, key, value = _raised(query, key, value)
     pieces = []
     lengths = list(documents)
     for q, k, v in zip(*(torch.split(item, lengths, 2) for item in (query, key, value)), strict=True):
@@ -102,3 +120,46 @@ def _per_document(
             )
         )
     return torch.cat(pieces, 2).transpose(1, 2).to(dtype)
+
+
+def _raised(*items: Tensor) -> list[Tensor]:
+    """On a CPU in float32: torch 2.13's backward pass in bfloat16 takes twice the time for some 200 tokens."""
+    return [item.float() if item.device.type == "cpu" else item for item in items]
+
+
+def _per_fork(
+    query: Tensor, key: Tensor, value: Tensor, forks: Forks, scale: float | None, window: int | None
+) -> Tensor:
+    """One call for each prompt and one for all answers to it. Copies a prompt's keys and values once an answer."""
+    grouped = query.shape[1] != key.shape[1]
+    dtype = query.dtype
+    query, key, value = _raised(query, key, value)
+    pieces = []
+    for fork in forks.each:
+        end = fork.start + fork.prompt
+        before = [item[:, :, fork.start : end] for item in (query, key, value)]
+        if fork.prompt:
+            pieces += [_per_document(*before, (fork.prompt,), scale, window)[0].transpose(0, 1)]
+        if fork.count:
+            own = [
+                item[0].index_select(1, fork.index).unflatten(1, (fork.count, fork.width)).transpose(0, 1)
+                for item in (query, key, value)
+            ]
+            k, v = (
+                torch.cat([shared.expand(fork.count, -1, -1, -1), fresh], 2)
+                for shared, fresh in zip(before[1:], own[1:], strict=True)
+            )
+            out = scaled_dot_product_attention(
+                own[0], k, v, attn_mask=_windowed(fork, window), scale=scale, enable_gqa=grouped
+            )
+            pieces.append(out.transpose(0, 1).flatten(1, 2).index_select(1, fork.real))
+    return torch.cat(pieces, 1).transpose(0, 1)[None].to(dtype)
+
+
+def _windowed(fork: Fork, window: int | None) -> Tensor:
+    """A fork's mask, narrowed where a layer looks back only `window` tokens."""
+    if window is None or window >= fork.prompt + fork.width:
+        return fork.mask
+    place = torch.arange(fork.prompt + fork.width, device=fork.mask.device)
+    apart = place[fork.prompt :, None] - place[None, :]
+    return fork.mask.masked_fill(apart >= window, float("-inf"))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tunesmith.executors.kernel.loops.forks import Forks
 
 IGNORED = -100
 
@@ -86,6 +89,10 @@ class Batch:
     bounds          int32 [documents + 1], their cumulative lengths, on the batch's device
     rows            numbers of the source rows
     tokens, weight  real tokens, padding left out; units that the summed loss is divided by (here supervised tokens)
+    forks           how prompts are shared, in a forked batch (`forks.py`)
+    owners          int64 [n], the answer that a pick belongs to, by its place in `members`
+    members         (tree, answer) of each answer, where trees are laid out
+    extra           what a method needs beside: advantages, reference log-probabilities...
     """
 
     ids: Tensor
@@ -97,6 +104,10 @@ class Batch:
     documents: tuple[int, ...] | None = None
     bounds: Tensor | None = None
     weight: int = 0
+    forks: Forks | None = None
+    owners: Tensor | None = None
+    members: tuple[tuple[int, int], ...] = ()
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; from pinned memory and without waiting where that is a GPU."""
@@ -104,21 +115,37 @@ class Batch:
             return self
 
         def moved(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+            pinned = device.type == "cuda" and not tensor.is_pinned()
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
+        return self._each(moved, None if self.forks is None else self.forks.to(device))
+
+    def pinned(self) -> Batch:
+        """The batch in pinned memory, so that a GPU fetches it without anybody waiting."""
+        return self._each(Tensor.pin_memory, self.forks)
+
+    def _each(self, change: Callable[[Tensor], Tensor], forks: Forks | None) -> Batch:
         return replace(
             self,
-            ids=moved(self.ids),
-            positions=moved(self.positions),
-            picks=moved(self.picks),
-            targets=moved(self.targets),
-            bounds=None if self.bounds is None else moved(self.bounds),
+            ids=change(self.ids),
+            positions=change(self.positions),
+            picks=change(self.picks),
+            targets=change(self.targets),
+            bounds=None if self.bounds is None else change(self.bounds),
+            owners=None if self.owners is None else change(self.owners),
+            extra={name: change(item) for name, item in self.extra.items()},
+            forks=forks,
         )
 
 
 def supervised(row: Row) -> list[int]:
     """Positions of the supervised tokens. The first token has nothing before it to be predicted from."""
     return [place for place, label in enumerate(row.labels) if label != IGNORED and place > 0]
+
+
+def fed(row: Row) -> int:
+    """How many tokens of a row go through the model: those behind its last prediction change nothing."""
+    return max([1, *supervised(row)[-1:]])
 
 
 def padded(rows: Sequence[Row], micro_batch: int, pad_id: int) -> list[Batch]:
@@ -130,12 +157,12 @@ def padded(rows: Sequence[Row], micro_batch: int, pad_id: int) -> list[Batch]:
     batches = []
     for start in range(0, len(by_length), micro_batch):
         chosen = by_length[start : start + micro_batch]
-        width = max(len(row.ids) for row in chosen)
+        width = max(fed(row) for row in chosen)
         ids = torch.full((len(chosen), width), pad_id, dtype=torch.int64)
         picks: list[int] = []
         targets: list[int] = []
         for at, row in enumerate(chosen):
-            ids[at, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.int64)
+            ids[at, : fed(row)] = torch.tensor(row.ids[: fed(row)], dtype=torch.int64)
             places = supervised(row)
             picks += [at * width + place - 1 for place in places]
             targets += [row.labels[place] for place in places]
@@ -176,17 +203,17 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def packed(rows: Sequence[Row], budget: int) -> list[Batch]:
     """Rows laid end to end in micro-batches of up to `budget` tokens, without padding; attention keeps them apart."""
     batches = []
-    for group in best_fit([len(row.ids) for row in rows], budget):
+    for group in best_fit([fed(row) for row in rows], budget):
         chosen = [rows[index] for index in group]
-        lengths = tuple(len(row.ids) for row in chosen)
+        lengths = tuple(fed(row) for row in chosen)
         ids: list[int] = []
         positions: list[int] = []
         picks: list[int] = []
         targets: list[int] = []
         for row in chosen:
             start = len(ids)
-            ids += row.ids
-            positions += range(len(row.ids))
+            ids += row.ids[: fed(row)]
+            positions += range(fed(row))
             places = supervised(row)
             picks += [start + place - 1 for place in places]
             targets += [row.labels[place] for place in places]
@@ -197,7 +224,7 @@ def packed(rows: Sequence[Row], budget: int) -> list[Batch]:
                 picks=torch.tensor(picks, dtype=torch.int64),
                 targets=torch.tensor(targets, dtype=torch.int64),
                 rows=tuple(row.row for row in chosen),
-                tokens=len(ids),
+                tokens=sum(len(row.ids) for row in chosen),
                 documents=lengths,
                 bounds=torch.tensor([0, *_running(lengths)], dtype=torch.int32),
                 weight=len(targets),

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,18 +22,18 @@ from torch import Tensor
 from tunesmith.executors.kernel import checkpoint
 from tunesmith.executors.kernel.control import Control
 from tunesmith.executors.kernel.loops import cursor as cursors
+from tunesmith.executors.kernel.loops import optimizer as optimizers
+from tunesmith.executors.kernel.loops.ahead import Ahead
 from tunesmith.executors.kernel.loops.batches import Batch, Sampler
+from tunesmith.executors.kernel.loops.method import Interrupted, Method, Turn
 from tunesmith.executors.kernel.loops.model import Net
+from tunesmith.executors.kernel.loops.pace import Pace
+from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 from tunesmith.executors.kernel.loops.schedule import factor
-from tunesmith.executors.kernel.loops.sft import Method
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.orchestrator.errors import InputError, JobFailed, StorageError
 from tunesmith.orchestrator.events import Kind
 from tunesmith.orchestrator.nouns import TrainSpec
-
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -58,7 +58,7 @@ class _Taken:
 
 
 class Engine:
-    """Trains a net by a method.
+    """Trains a net by a method, alone or as one of several ranks, of which the first speaks and saves.
 
     `facts` go into every manifest (attempt, spec_hash). `task` is what a checkpoint must agree with to be resumed from;
     micro-batch, packing and dtype are left out of it, since they may change without changing the task.
@@ -76,6 +76,7 @@ class Engine:
         facts: Mapping[str, Any],
         evaluation: Method | None = None,
         task: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.net = net
         self.method = method
@@ -83,6 +84,7 @@ class Engine:
         self.reporter = reporter
         self.control = control
         self.checkpoints = checkpoints
+        self.ranks = ranks
         self.facts = dict(facts)
         self.evaluation = evaluation if evaluation is not None and evaluation.rows else None
         if train.early_stopping is not None and self.evaluation is None:
@@ -93,10 +95,10 @@ class Engine:
                 fix="Set eval.fraction above 0, name an eval.source, or leave early_stopping out.",
             )
         self.sampler = Sampler(len(method.rows), int(train.effective_batch), train.seed)
-        self.total = self.sampler.total_steps(train.epochs, train.max_steps)
+        self.total = train.max_steps or self.sampler.total_steps(train.epochs, None) * method.repeats
         self.warmup = min(int(train.warmup_steps), self.total)
         self.names: dict[Tensor, str] = {item: name for name, item in net.trainable()}
-        self.optimizer = _optimizer(self.names, train, net.device)
+        self.optimizer = optimizers.make(self.names, train, net.device)
         half = net.device.type == "cuda" and train.dtype == "float16"
         self.scaler = torch.amp.GradScaler(net.device.type, enabled=half)
         self.cursor = cursors.Cursor()
@@ -108,10 +110,13 @@ class Engine:
             "trainable": hashlib.sha256(
                 repr([(n, tuple(p.shape)) for p, n in self.names.items()]).encode()
             ).hexdigest(),
+            **({"repeats": method.repeats} if method.repeats > 1 else {}),
             **(task or {}),
         }
+        foreseen = method.foreseen and net.device.type == "cuda"
+        self._ahead = Ahead(self._batches, pin=True) if foreseen else None
         self._waiting: deque[_Taken] = deque()
-        self._pace = _Pace()
+        self._pace = Pace()
         self._saved_step = -1
         self._clock = 0.0
 
@@ -120,10 +125,12 @@ class Engine:
     def resume(self, folder: Path) -> None:
         """Go on from a verified checkpoint folder. Raises InputError where it belongs to another run."""
         self.cursor, scaler = cursors.load(folder, self.task, self.optimizer, self.names)
-        expected = [self._numbers(self.sampler.step(step)) for step in range(self.cursor.step)]
+        expected = [self._numbers(self._picked(step)) for step in range(self.cursor.step)]
         if expected != self.cursor.ledger:
             raise cursors.other_task(folder, "row order")
         self.net.load(folder)
+        self.method.load(folder, self.cursor.step)
+        self.method.updated()
         if scaler:
             self.scaler.load_state_dict(scaler)
         if folder.parent == self.checkpoints:
@@ -157,12 +164,21 @@ class Engine:
         """
         self._clock = time.perf_counter()
         self.net.outer.train()
+        try:
+            return self._run()
+        except Interrupted:
+            return self._stop()
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
+
+    def _run(self) -> Outcome:
         if self._due(self.train.eval_steps):
             self._evaluate()
         while self.cursor.step < self.total:
-            if self.control.stop():
+            if self.ranks.agree(self.control.stop()):
                 return self._stop()
-            if self.control.checkpoint():
+            if self.ranks.agree(self.control.checkpoint()):
                 self.save()
             if self._given_up():
                 break
@@ -199,17 +215,20 @@ class Engine:
             return
         if not self.net.finite():
             raise _not_a_number("weights", step)
+        self._saved_step = step
+        if self.ranks.rank:
+            return
         self.reporter.progress("saving", 0, 1, unit="checkpoints", step=step)
 
         def fill(folder: Path) -> None:
             self.net.save(folder)
+            self.method.save(folder, step)
             cursors.save(folder, self.cursor, self.task, self.optimizer, self.names, self.scaler.state_dict())
 
         folder = checkpoint.step_folder(self.checkpoints, step)
         written = checkpoint.write(folder, fill, step=step, **self.facts)
         best = {self.cursor.best_step} if self.train.early_stopping is not None else set()
         checkpoint.keep(self.checkpoints, self.train.keep_checkpoints, best)
-        self._saved_step = step
         self.reporter.emit(
             Kind.CHECKPOINT,
             {"path": f"checkpoints/{folder.name}", "bytes": written.bytes, "sha256": written.sha256},
@@ -218,22 +237,32 @@ class Engine:
         self.reporter.progress("saving", 1, 1, unit="checkpoints", step=step)
         self._clock = time.perf_counter()
 
+    def _picked(self, step: int) -> list[int]:
+        return list(self.sampler.step(step // self.method.repeats))
+
+    def _turn(self, step: int, *, training: bool = True) -> Turn:
+        return Turn(step, step // (self.sampler.steps_per_epoch * self.method.repeats), training)
+
+    def _batches(self, step: int) -> list[Batch]:
+        return self.method.batches(self._picked(step), self._turn(step))
+
     def _numbers(self, picked: Sequence[int]) -> list[int]:
         return [self.method.rows[at].row for at in picked]
 
     def _step(self) -> None:
-        index = self.cursor.step
-        picked = self.sampler.step(index)
-        batches = self.method.batches(picked)
+        index, device = self.cursor.step, self.net.device
+        batches = self._batches(index) if self._ahead is None else self._ahead.take(index)
         units = max(1, sum(batch.weight for batch in batches))
         tokens = sum(batch.tokens for batch in batches)
-        total = torch.zeros((), device=self.net.device)
-        for batch in batches:
+        total = torch.zeros((), device=device)
+        for batch in self.ranks.share(batches):
             if batch.weight:
                 self._seed(index, batch)
-                loss = self.method.loss(batch.to(self.net.device)) / units
+                loss = self.method.loss(batch.to(device)) / units
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
+        meter = self.method.meter.drain(device)
+        self._sum_gradients(total, meter)
         rate = float(self.train.learning_rate) * factor(self.train.scheduler, index, self.total, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -245,18 +274,28 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         self.cursor.step += 1
         self.cursor.tokens += tokens
-        self.cursor.ledger.append(self._numbers(picked))
-        figures, arrived = torch.stack([total, norm.to(total)]), None
+        self.cursor.ledger.append(self._numbers(self._picked(index)))
+        self.method.updated()
+        figures, arrived = torch.cat([torch.stack([total, norm.to(total)]).double(), meter.flatten()]), None
         if figures.is_cuda:
-            figures = torch.empty(2, dtype=figures.dtype, pin_memory=True).copy_(figures, non_blocking=True)
+            figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True).copy_(figures, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         self._waiting.append(_Taken(self.cursor.step, figures, arrived, rate, tokens, self.cursor.tokens))
         self._settle(0 if arrived is None else 1)
 
+    def _sum_gradients(self, total: Tensor, meter: Tensor) -> None:
+        """Add up what the ranks found. A weight that no row of the step touched has the gradient zero."""
+        gradients = []
+        for parameter in self.names:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        self.ranks.sum_([*gradients, total, meter])
+
     def _seed(self, step: int, batch: Batch) -> None:
         """Dropout masks depend on (seed, epoch, rows) and not on what ran before."""
-        epoch = step // self.sampler.steps_per_epoch
+        epoch = self._turn(step).epoch
         key = f"{self.train.seed}:{epoch}:{batch.rows}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
 
@@ -266,7 +305,7 @@ class Engine:
             taken = self._waiting.popleft()
             if taken.arrived is not None:
                 taken.arrived.synchronize()
-            loss, norm = taken.figures.tolist()
+            loss, norm, *means = taken.figures.tolist()
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
                 raise _not_a_number("loss" if not math.isfinite(loss) else "gradient", taken.step)
             before, self._clock = self._clock, time.perf_counter()
@@ -279,7 +318,8 @@ class Engine:
                     "train/grad_norm": norm,
                     "train/num_tokens": taken.total_tokens,
                     "train/tokens_per_second": taken.tokens / seconds,
-                    "train/epoch": self.sampler.epochs_done(taken.step),
+                    "train/epoch": self.sampler.epochs_done(taken.step // self.method.repeats),
+                    **{f"train/{name}": value for name, value in self.method.meter.means(means).items()},
                 },
                 taken.step,
             )
@@ -310,41 +350,48 @@ class Engine:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Mean loss per supervised token over the held-out rows; given up without a trace where a stop comes."""
+        """The measure over the held-out rows; given up without a trace where a stop comes."""
         evaluation, step = self.evaluation, self.cursor.step
         if evaluation is None or self.cursor.evaluated_step == step:
             return
         self._settle(0)
         began = time.perf_counter()
-        batches = [
-            batch
-            for start in range(0, len(evaluation.rows), int(self.train.effective_batch))
-            for batch in evaluation.batches(
-                range(start, min(start + int(self.train.effective_batch), len(evaluation.rows)))
-            )
-        ]
-        total = torch.zeros((), dtype=torch.float64, device=self.net.device)
+        total, units = torch.zeros(2, dtype=torch.float64, device=self.net.device), 0
         self.net.outer.eval()
         try:
             with torch.no_grad():
-                for done, batch in enumerate(batches):
-                    if self.control.stop():
+                for sums, count in self._assessed(evaluation, step):
+                    if self.ranks.world == 1 and self.control.stop():
+                        evaluation.meter.drain(self.net.device)
                         return
-                    self.reporter.progress("evaluating", done, len(batches), unit="batches", step=step)
-                    if batch.weight:
-                        total += evaluation.loss(batch.to(self.net.device)).double()
+                    total[0] += sums
+                    units += count
+        except Interrupted:
+            return
         finally:
             self.net.outer.train()
-        loss = float(total) / max(1, sum(batch.weight for batch in batches))
+        total[1] = units
+        meter = evaluation.meter.drain(self.net.device)
+        self.ranks.sum_([total, meter])
+        value = float(total[0] / total[1].clamp(min=1))
         self._clock = time.perf_counter()
         self._pace.eval_seconds = self._clock - began
-        self.reporter.metric({"eval/loss": loss}, step)
-        self.reporter.progress("evaluating", len(batches), len(batches), unit="batches", step=step)
-        if not math.isfinite(loss):
-            raise _not_a_number("evaluation's loss", step)
+        means = {f"eval/{name}": mean for name, mean in evaluation.meter.means(meter.flatten().tolist()).items()}
+        self.reporter.metric({f"eval/{evaluation.measure}": value, **means}, step)
+        rows = len(evaluation.rows)
+        self.reporter.progress("evaluating", rows, rows, unit="rows", step=step)
+        if not math.isfinite(value):
+            raise _not_a_number(f"evaluation's {evaluation.measure}", step)
         self.cursor.evaluated_step = step
         if step > 0:
-            self._judge(loss)
+            self._judge(-value if evaluation.higher else value)
+
+    def _assessed(self, evaluation: Method, step: int) -> Iterator[tuple[Tensor | float, int]]:
+        size, rows = int(self.train.effective_batch), len(evaluation.rows)
+        for start in range(0, rows, size):
+            self.reporter.progress("evaluating", start, rows, unit="rows", step=step)
+            chosen = range(start, min(start + size, rows))
+            yield from evaluation.assess(chosen, self._turn(step, training=False))
 
     def _judge(self, loss: float) -> None:
         if self.cursor.best_loss is None or loss < self.cursor.best_loss:
@@ -357,56 +404,6 @@ class Engine:
     def _given_up(self) -> bool:
         patience = self.train.early_stopping
         return patience is not None and self.cursor.stale_evals >= patience
-
-
-class _Pace:
-    """How fast it goes: a moving average in which old steps fade, the slow first one soonest."""
-
-    def __init__(self) -> None:
-        self.step_seconds = 0.0
-        self.tokens_per_second = 0.0
-        self.eval_seconds = 0.0
-        self._steps = 0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        """Take one step in."""
-        self._steps += 1
-        fresh = max(0.1, 1 / self._steps) if self._steps != 2 else 1.0
-        speed = tokens / seconds
-        self.step_seconds += fresh * (seconds - self.step_seconds)
-        self.tokens_per_second += fresh * (speed - self.tokens_per_second)
-
-
-def _optimizer(names: Mapping[Tensor, str], train: TrainSpec, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over what is trained, fused; weight decay on matrices only, as transformers does."""
-    matrices = [item for item in names if item.dim() > 1]
-    others = [item for item in names if item.dim() <= 1]
-    groups = [
-        {"params": chosen, "weight_decay": decay}
-        for chosen, decay in ((matrices, train.weight_decay), (others, 0.0))
-        if chosen
-    ]
-    rate = float(train.learning_rate)
-    if train.optimizer == "adamw-8bit":
-        return _eight_bit(groups, rate, device)
-    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPSILON, fused=True)
-
-
-def _eight_bit(groups: list[dict[str, Any]], rate: float, device: torch.device) -> torch.optim.Optimizer:
-    try:
-        if device.type != "cuda":
-            raise ImportError("it runs on CUDA devices only")
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError(
-            "The 8-bit optimizer is not available here.",
-            code="train.optimizer",
-            why=f"bitsandbytes: {error}.",
-            where="train.optimizer",
-            fix="Set train.optimizer to adamw.",
-        ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=BETAS, eps=EPSILON)
-    return optimizer
 
 
 def _not_a_number(what: str, step: int) -> JobFailed:

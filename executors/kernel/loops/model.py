@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ class Net:
     outer   what is saved: the PeftModel, or the model itself
     causal  the ...ForCausalLM with its head, adapters inside
     An adapter trains in float32 on a frozen base of the asked type. Full weights train in float32 under autocast.
-    `packed` and `chunked` say whether batches may be packed and whether the head is scored in chunks; the self-test in
-    `selftest.py` takes them back where the model computes something else.
+    `packed`, `forked` and `chunked` say whether batches may be packed, whether prompts may be shared, and whether the
+    head is scored in chunks; the self-test in `selftest.py` takes them back where the model computes something else.
     """
 
     def __init__(self, outer: Any, *, adapted: bool, device: torch.device, autocast: torch.dtype | None = None) -> None:
@@ -37,6 +37,7 @@ class Net:
         self.autocast = autocast
         self.head: Any = self.causal.get_output_embeddings()
         self.packed = True
+        self.forked = True
         self.chunked = loss.plain_head(self.head)
         self._usual_attention = self.causal.config._attn_implementation
 
@@ -51,7 +52,7 @@ class Net:
             self.causal.set_attn_implementation(wanted)
         inputs: dict[str, Any] = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False}
         if batch.documents is not None:
-            inputs |= {"documents": batch.documents, "bounds": batch.bounds}
+            inputs |= {"documents": batch.documents, "bounds": batch.bounds, "forks": batch.forks}
         return inputs
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -79,6 +80,19 @@ class Net:
             if self.chunked:
                 return loss.chunked_loss(self.hidden(batch), self.head.weight, batch.targets)
             return loss.plain_loss(self.logits(batch), batch.targets)
+
+    def token_logps(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the batch's targets and entropies at their places, float32 [n] each."""
+        with self.amp():
+            if self.chunked:
+                return loss.chunked_logps(self.hidden(batch), self.head.weight, batch.targets, temperature)
+            return loss.plain_logps(self.logits(batch), batch.targets, temperature)
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """The model without its adapter and without gradients: the reference that an adapter is compared with."""
+        with torch.no_grad(), self.outer.disable_adapter():
+            yield
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, by name, in the model's order; a tied weight comes once."""

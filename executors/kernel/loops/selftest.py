@@ -1,4 +1,4 @@
-"""What the real model must show before step one: that packing and the chunked head change nothing.
+"""What the real model must show before step one: that packing, shared prompts and the chunked head change nothing.
 
 A model that computes something else (a soft cap behind the head, attention that ignores `documents`) falls back to
 padded batches or to its own head, and the run says so.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tunesmith.executors.kernel.loops import loss
 from tunesmith.executors.kernel.loops.batches import Row, packed, padded
+from tunesmith.executors.kernel.loops.forks import Tree, forked
 from tunesmith.executors.kernel.loops.model import Net
 
 ROWS = 4
@@ -40,11 +41,13 @@ class Verdict:
 
     packing    rows packed together against the same rows one at a time
     attention  packed attention on one row against the model's own
+    sharing    answers to a prompt computed once against the same answers packed, each with its own prompt
     head       the chunked loss against that of the model's own logits
     """
 
     packing: float | None
     attention: float | None
+    sharing: float | None
     head: float | None
     problems: tuple[str, ...]
 
@@ -52,13 +55,13 @@ class Verdict:
 def check(net: Net, rows: Sequence[Row], *, pad_id: int) -> Verdict:
     """Compare packed with per-row logits, and the chunked with the model's own head; switch off what differs.
 
-    Sets `net.packed` and `net.chunked`. Costs some twelve forward passes over short rows.
+    Sets `net.packed`, `net.forked` and `net.chunked`. Costs some twenty forward passes over short rows.
     """
     limit = TOKENS.get(net.device.type, 256)
     long_enough = [row for row in rows[: 4 * ROWS] if len(row.ids) > 1][:ROWS]
     cut = [Cut(at, row.ids[:limit], row.ids[:limit]) for at, row in enumerate(long_enough)]
     if not cut:
-        return Verdict(None, None, None, ())
+        return Verdict(None, None, None, None, ())
     training = net.outer.training
     net.outer.eval()
     try:
@@ -72,7 +75,7 @@ def _check(net: Net, cut: Sequence[Cut], pad_id: int) -> Verdict:
     exact = net.autocast is None and all(item.dtype == torch.float32 for item in net.causal.parameters())
     problems = []
     single = torch.cat([net.logits(padded([row], 1, pad_id)[0].to(net.device)) for row in cut]).float()
-    head = together = own = None
+    head = together = own = shared = None
     if net.chunked:
         head = _head(net, cut, pad_id, single)
         if not head <= APART[exact]:
@@ -92,7 +95,34 @@ def _check(net: Net, cut: Sequence[Cut], pad_id: int) -> Verdict:
         if difference is not None and not difference <= allowed:
             problems.append(f"{what} by {difference:.1e}; rows are padded")
             net.packed = False
-    return Verdict(together, own, head, tuple(problems))
+    net.forked = net.forked and net.packed
+    if net.forked:
+        try:
+            shared = _sharing(net, cut)
+        except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError) as error:
+            problems.append(f"prompts cannot be shared on this model ({type(error).__name__}); rows are padded")
+            net.forked = False
+        if shared is not None and not shared <= APART[exact]:
+            problems.append(f"answers to a shared prompt differ by {shared:.1e}; rows are padded")
+            net.forked = False
+    return Verdict(together, own, shared, head, tuple(problems))
+
+
+def _sharing(net: Net, rows: Sequence[Cut]) -> float:
+    """Two halves of other rows as answers to the first half of each row, the prompt computed once and twice."""
+    halves = [list(row.ids[: max(1, len(row.ids) // 2)]) for row in rows]
+    trees = [
+        Tree(at, half, (rows[at].ids[len(half) :], halves[(at + 1) % len(halves)])) for at, half in enumerate(halves)
+    ]
+    wholes = [Cut(0, [*tree.prompt, *answer], [*tree.prompt, *answer]) for tree in trees for answer in tree.answers]
+    prompts = [len(tree.prompt) for tree in trees for _ in tree.answers]
+    alone = [
+        _packed(net, [whole])[prompt - 1 :]
+        for whole, prompt in zip(wholes, prompts, strict=True)
+        if len(whole.ids) > prompt
+    ]
+    (batch,) = forked(trees, sum(tree.fed for tree in trees))
+    return _apart(net.logits(batch.to(net.device)).float(), torch.cat(alone))
 
 
 def _packed(net: Net, rows: Sequence[Cut]) -> Tensor:

@@ -124,21 +124,21 @@ def test_varlen_equals_per_document():
     q, k, v = (torch.randn(1, h, 90, 64, generator=draw, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
     bounds = torch.tensor([0, 20, 51, 90], dtype=torch.int32, device="cuda")
     for window in (None, 8):
-        fast = attention._varlen(q, k, v, bounds, 39, None, window)
+        fast = attention._varlen(q, k, v, (bounds, bounds), (39, 39), None, window)
         slow = attention._per_document(q, k, v, (20, 31, 39), None, window)
         assert (fast - slow).abs().max() < 2e-2
 
 
-def reference(query, key, value, bounds, longest, scale, window):
-    """Attention over [tokens, heads, dim] as `varlen_attn` documents it, in plain torch."""
+def reference(query, key, value, bounds, key_bounds, scale, window):
+    """Attention over [tokens, heads, dim] as `varlen_attn` documents it, causal from the lower right, in plain torch."""
     out = torch.empty_like(query)
-    edges = bounds.tolist()
-    for start, end in pairwise(edges):
-        q, k, v = (item[start:end].transpose(0, 1) for item in (query, key, value))
+    for (start, end), (low, high) in zip(pairwise(bounds.tolist()), pairwise(key_bounds.tolist()), strict=True):
+        q = query[start:end].transpose(0, 1)
+        k, v = (item[low:high].transpose(0, 1) for item in (key, value))
         group = q.shape[0] // k.shape[0]
         k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        place = torch.arange(end - start)
-        apart = place[:, None] - place[None, :]
+        place = torch.arange(high - low)
+        apart = place[high - low - (end - start) :, None] - place[None, :]
         seen = (apart >= 0) & ((apart <= window[0]) if window[0] >= 0 else (apart >= 0))
         scores = (q @ k.transpose(1, 2)) * (scale or q.shape[-1] ** -0.5)
         out[start:end] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
@@ -148,13 +148,15 @@ def reference(query, key, value, bounds, longest, scale, window):
 def newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
     assert enable_gqa == (query.shape[1] != key.shape[1])
     assert window_size[1] == 0
-    return reference(query, key, value, cu_seq_q, max_q, scale, window_size)
+    assert max_q == int(cu_seq_q.diff().max())
+    assert max_k == int(cu_seq_k.diff().max())
+    return reference(query, key, value, cu_seq_q, cu_seq_k, scale, window_size)
 
 
 def oldest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None):
     assert query.shape == key.shape
     assert is_causal
-    return reference(query, key, value, cu_seq_q, max_q, scale, (-1, 0))
+    return reference(query, key, value, cu_seq_q, cu_seq_k, scale, (-1, 0))
 
 
 @pytest.mark.parametrize("version, window", [(newest, None), (newest, 8), (newest, 100), (oldest, None)])
@@ -166,7 +168,7 @@ def test_varlen_is_called_as_each_version_wants_it(version, window, monkeypatch)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 90, 16, generator=draw) for heads in (8, 2, 2))
     bounds = torch.tensor([0, 20, 51, 90], dtype=torch.int32)
-    fast = attention._varlen(q, k, v, bounds, 39, None, window)
+    fast = attention._varlen(q, k, v, (bounds, bounds), (39, 39), None, window)
     slow = attention._per_document(q, k, v, (20, 31, 39), None, window)
     assert fast.shape == slow.shape == (1, 90, 8, 16)
     assert (fast - slow).abs().max() < 1e-5
@@ -178,4 +180,5 @@ def test_an_old_varlen_without_windows_is_refused(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", oldest)
     q = torch.zeros(1, 2, 90, 16)
     with pytest.raises(NotImplementedError):
-        attention._varlen(q, q, q, torch.tensor([0, 90], dtype=torch.int32), 90, None, 8)
+        bounds = torch.tensor([0, 90], dtype=torch.int32)
+        attention._varlen(q, q, q, (bounds, bounds), (90, 90), None, 8)

@@ -83,10 +83,11 @@ def test_both_layouts_hold_the_same_supervised_tokens(make_rows):
 
 def test_packed_positions_restart_with_every_document(make_rows):
     (batch,) = packed(make_rows(4), 10_000)
-    assert batch.ids.shape == batch.positions.shape == (1, batch.tokens)
+    fed = batch.tokens - len(batch.documents)  # the last token of a row predicts nothing, so it is left out
+    assert batch.ids.shape == batch.positions.shape == (1, fed)
     expected = [place for length in batch.documents for place in range(length)]
     assert batch.positions[0].tolist() == expected
-    assert batch.bounds.tolist()[-1] == batch.tokens
+    assert batch.bounds.tolist()[-1] == fed
     assert batch.bounds.diff().tolist() == list(batch.documents)
 
 
@@ -94,8 +95,8 @@ def test_padding_stands_on_the_right(make_rows):
     rows = make_rows(5)
     for batch in padded(rows, 2, 0):
         for at, number in enumerate(batch.rows):
-            length = len(rows[number].ids)
-            assert batch.ids[at, :length].tolist() == rows[number].ids
+            length = len(rows[number].ids) - 1
+            assert batch.ids[at, :length].tolist() == rows[number].ids[:-1]
             assert set(batch.ids[at, length:].tolist()) <= {0}
 
 
