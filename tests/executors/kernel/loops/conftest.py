@@ -166,13 +166,15 @@ def make_bench(make_net, tmp_path):
     """An engine over a fresh tiny net."""
     open_reporters = []
 
-    def make(spec: JobSpec, rows, *, held_out=(), name: str = "a", family: str = "llama", net=None, **more) -> Bench:
+    def make(
+        spec: JobSpec, rows, *, held_out=(), name: str = "a", family: str = "llama", net=None, method=None, **more
+    ) -> Bench:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         net = net or make_net(spec, family, **more)
         train = spec.train
 
-        def method(chosen):
+        def sft(chosen):
             return Sft(
                 net,
                 chosen,
@@ -186,13 +188,13 @@ def make_bench(make_net, tmp_path):
         open_reporters.append(reporter)
         engine = Engine(
             net,
-            method(list(rows)),
+            method or sft(list(rows)),
             train,
             reporter=reporter,
             control=Control(folder / "control"),
             checkpoints=folder / "checkpoints",
             facts={"attempt": 1, "spec_hash": "0"},
-            evaluation=method(list(held_out)),
+            evaluation=sft(list(held_out)) if method is None else None,
         )
         return Bench(engine, folder, reporter)
 

@@ -67,3 +67,37 @@ def test_only_a_bare_matrix_is_a_plain_head():
     assert not loss.plain_head(torch.nn.Linear(2, 3, bias=True))
     assert not loss.plain_head(torch.nn.Sequential())
     assert not loss.plain_head(None)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_log_probabilities_equal_the_plain_head(temperature, trained_head, monkeypatch):
+    """Values, entropies and gradients in chunks are those of log_softmax, whatever weight each position has."""
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 16 * 50)
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randn(70, 8, generator=draw, dtype=torch.float64).float().requires_grad_()
+    weight = torch.randn(50, 8, generator=draw).requires_grad_(trained_head)
+    targets = torch.randint(0, 50, (70,), generator=draw)
+    weights = torch.randn(70, generator=draw)
+    results = []
+    for logps, entropy in (
+        loss.chunked_logps(hidden, weight, targets, temperature),
+        loss.plain_logps(hidden @ weight.t(), targets, temperature),
+    ):
+        for item in (hidden, weight):
+            item.grad = None
+        (logps * weights).sum().backward()
+        results.append((logps.detach(), entropy.detach(), hidden.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert (ours - theirs).abs().max() < 5e-5
+    assert not loss.chunked_logps(hidden, weight, targets, temperature)[1].requires_grad
+
+
+def test_log_probabilities_without_gradients_keep_nothing():
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
+    with torch.no_grad():
+        logps, entropy = loss.chunked_logps(hidden, weight, torch.arange(5), 1.0)
+    assert not logps.requires_grad
+    assert logps.shape == entropy.shape == (5,)

@@ -1,0 +1,232 @@
+"""Runs ranks quickly: imports once, then forks them for each line on stdin and prints how each of them ended.
+
+A line is {"body": NAME, "world": N, "folder": PATH, ...}; each rank runs the body and leaves what it returns in
+FOLDER/R.json. The processes are real, and what they say to each other goes over gloo.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import peft  # noqa: F401  (the loops import it late)
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunesmith.executors.kernel import checkpoint
+from tunesmith.executors.kernel.control import Control
+from tunesmith.executors.kernel.crew import Seat
+from tunesmith.executors.kernel.loops import model as models
+from tunesmith.executors.kernel.loops import ranks as meeting
+from tunesmith.executors.kernel.loops.dpo import Dpo
+from tunesmith.executors.kernel.loops.engine import Engine
+from tunesmith.executors.kernel.loops.forks import Tree
+from tunesmith.executors.kernel.loops.sft import Sft
+from tunesmith.executors.kernel.reporter import Reporter
+from tunesmith.executors.kernel.silent import Silent
+from tunesmith.orchestrator.errors import JobFailed, TunesmithError
+from tunesmith.orchestrator.events import Kind, decode
+from tunesmith.orchestrator.nouns import AdapterSpec, DataSource, JobSpec, ModelRef, TrainSpec
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
+def together(seat, folder, silence=60.0):
+    """The ranks, met through a file of the folder."""
+    if seat.world == 1:
+        return meeting.ALONE
+
+    def lost(error):
+        return JobFailed("lost", code="ranks.lost", why=str(error))
+
+    path = folder / "meet"
+    return meeting.join(
+        path, seat.rank, seat.world, CPU, lost=lost, check=lambda: None, silence=timedelta(seconds=silence)
+    )
+
+
+def messages(seat, folder):
+    """All that ranks say to each other, once."""
+    ranks = together(seat, folder)
+    seen = {"shared": ranks.share(range(7)), "flags": [ranks.agree(seat.rank == 0), ranks.agree(seat.rank == 1)]}
+    draw = torch.Generator().manual_seed(seat.rank)
+    tensors = [
+        torch.randn(5, 7, generator=draw),
+        torch.randn(3, 4, generator=draw).t(),
+        torch.zeros(0, 2),
+        torch.tensor(1.5 + seat.rank),
+        torch.randn(2, generator=draw, dtype=torch.float64),
+        torch.randn(6, generator=draw).bfloat16(),
+        torch.randn(meeting.BUCKET_BYTES // 4 + 1, generator=draw),
+    ]
+    ranks.sum_(tensors)
+    save_file({str(at): item.contiguous() for at, item in enumerate(tensors)}, folder / f"{seat.rank}.safetensors")
+    seen["gathered"] = ranks.gather({"rank": seat.rank, "word": "ä" * seat.rank, "third": 1 / 3, "none": None})
+    ranks.same("rows", [1, 2])
+    try:
+        ranks.same("weights", seat.rank == seat.world - 1)
+    except JobFailed as error:
+        seen["apart"] = [error.code, error.message, error.why]
+    ranks.leave()
+    seen["over"] = not torch.distributed.is_initialized()
+    return seen
+
+
+def quiet(seat, folder):
+    """The last rank goes on living and says nothing."""
+    ranks = together(seat, folder, silence=1.0)
+    while seat.rank == seat.world - 1:
+        if (folder / "0.json").exists():
+            return {}
+    return {"agreed": ranks.agree(True)}
+
+
+def killed(seat, folder):
+    """The last rank is killed while the others wait for it."""
+    ranks = together(seat, folder)
+    ranks.sum_([torch.ones(3)])
+    if seat.rank == seat.world - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.sum_([torch.ones(3)])
+
+
+def train(seat, folder, adapter, settings, rows, held=(), stop=None, resume=None, kill=None, spare=False, pairs=False):
+    """A run of the engine on a tiny model. `stop` and `kill` are steps after which rank 0 gets TERM or rank 1 dies."""
+    spec = JobSpec(
+        model=ModelRef(id="tiny"),
+        data=(DataSource(source="rows.jsonl"),),
+        adapter=AdapterSpec(**adapter),
+        train=TrainSpec(
+            **{
+                "learning_rate": 1e-2,
+                "warmup_steps": 2,
+                "max_length": 64,
+                "dtype": "float32",
+                "optimizer": "adamw",
+                "activation_checkpointing": False,
+                "save_steps": 1000,
+                "eval_steps": 1000,
+                **settings,
+            }
+        ),
+    )
+    torch.manual_seed(7)
+    net = models.ready(LlamaForCausalLM(LlamaConfig(**SHAPE)), spec, CPU)
+    if spare:
+        net.outer.register_parameter("spare", torch.nn.Parameter(torch.ones(3, 3)))
+    ranks = together(seat, folder)
+    ranks.same("weights", meeting.fingerprint([item for _, item in net.trainable()]))
+
+    sizes = {"micro_batch": spec.train.micro_batch, "max_length": 64, "packing": spec.train.packing}
+
+    def method(chosen):
+        if pairs:
+            trees = [Tree(row["row"], row["prompt"], row["answers"]) for row in chosen]
+            return Dpo(net, trees, spec.dpo, pad_id=0, ranks=ranks, **sizes)
+        return Sft(net, [Row(**row) for row in chosen], pad_id=0, ranks=ranks, **sizes)
+
+    reporter = (Silent if seat.rank else Reporter)(folder, 1)
+    engine = Engine(
+        net,
+        method(rows),
+        spec.train,
+        reporter=reporter,
+        control=Control(Path(os.devnull) if seat.rank else folder / "control"),
+        checkpoints=folder / "checkpoints",
+        facts={"attempt": 1, "spec_hash": "0"},
+        evaluation=method(held),
+        ranks=ranks,
+    )
+    if resume is not None:
+        engine.resume(checkpoint.newest_verified(Path(resume) / "checkpoints").path)
+    usual = engine._step
+
+    def stepping():
+        usual()
+        if engine.cursor.step == stop and seat.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if engine.cursor.step == kill and seat.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    engine._step = stepping
+    with reporter, engine.control.listening():
+        outcome = engine.run()
+    ranks.leave()
+    save_file(
+        {name: item.detach().contiguous() for name, item in net.trainable()},
+        folder / f"weights-{seat.rank}.safetensors",
+    )
+    return {
+        "ended": outcome.ended,
+        "step": outcome.step,
+        "best": outcome.best_step,
+        "ledger": outcome.ledger,
+        "metrics": [] if seat.rank else metrics(folder),
+    }
+
+
+def metrics(folder):
+    events = map(decode, (folder / "events.jsonl").read_bytes().splitlines())
+    return [[event.step, dict(event.values)] for event in events if event is not None and event.kind is Kind.METRIC]
+
+
+class Row:
+    """A tokenised row."""
+
+    def __init__(self, row, ids, labels):
+        self.row, self.ids, self.labels = row, ids, labels
+
+
+BODIES = {body.__name__: body for body in (messages, quiet, killed, train)}
+
+
+def forked(body, seat, folder, given):
+    warnings.simplefilter("error")
+    try:
+        found = BODIES[body](seat, folder, **given)
+    except TunesmithError as error:
+        found = {"error": error.to_doc()}
+    (folder / f"{seat.rank}.json").write_text(json.dumps(found))
+
+
+def main():
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        given = json.loads(line)
+        body, world, folder = given.pop("body"), given.pop("world"), Path(given.pop("folder"))
+        pids = []
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    forked(body, Seat(rank, world), folder, given)
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(70)
+            pids.append(pid)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
