@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunesmith.executors.kernel import catalogue
@@ -175,12 +175,10 @@ def _stage(made: Made, index: int, part: Part, intent: str) -> dict[str, Any]:
     _model_and_data(made, index, part, doc, intent)
     _batch(said, doc)
     for fact in said.values():
-        if fact.key.startswith("data.") or fact.key in ("batch", "accumulate"):
+        if fact.key.startswith("data.") or fact.key in ("batch", "accumulate", "distill.teacher"):
             continue
-        key = fact.key
-        if key == "beta":
-            key = "grpo.beta" if doc["method"] == "grpo" else "dpo.beta"
-        if key.startswith("eval.") and key == "eval.tasks":
+        key = _key_for(doc["method"], fact.key)
+        if key == "eval.tasks":
             _put(doc, key, list(fact.value))
         else:
             _put(doc, key, fact.value)
@@ -202,6 +200,16 @@ def _stage(made: Made, index: int, part: Part, intent: str) -> dict[str, Any]:
         )
         made.warn("request.unsupported", f"{fact.words!r} cannot be set here and is passed over.", key, fix)
     return doc
+
+
+def _key_for(method: str, key: str) -> str:
+    """Where a method reads what is called alike in several: beta, the temperature, the length of completions."""
+    if key == "beta":
+        section = {"rloo": "grpo"}.get(method, method)
+        return f"{section}.beta" if section in ("grpo", "kto", "distill") else "dpo.beta"
+    if method == "distill" and key in ("grpo.temperature", "grpo.max_completion"):
+        return key.replace("grpo", method)
+    return key
 
 
 def _method(made: Made, index: int, part: Part) -> str:
@@ -254,6 +262,7 @@ def _model_and_data(made: Made, index: int, part: Part, doc: dict[str, Any], int
             models.append(fact)
         else:
             sources.append(fact)
+    models = _students(made, index, part, models, doc)
     _choose_model(made, index, part, models, doc, intent)
     rows: list[dict[str, Any]] = []
     for fact in sources:
@@ -293,6 +302,33 @@ def _role(
 
 def _jobs(part: Part) -> list[Fact]:
     return part.all("job")
+
+
+def _students(made: Made, index: int, part: Part, models: list[Fact], doc: dict[str, Any]) -> list[Fact]:
+    """The models that are trained; of "distil A from B" the first is the student, and the other its teacher."""
+    said = part.all("distill.teacher")
+    if named := part.all("student"):
+        said, models = [*said, *models], [_as_model(named[0])]
+    for fact in said[:1]:
+        value = fact.value if isinstance(fact.value, (Ref, Mention)) else _as_model(fact).value
+        if isinstance(value, Mention) and value.id is None and value.choices:
+            text = f"Which model is meant by {value.words!r}, the teacher?"
+            made.questions = (*made.questions, Question(field="distill.teacher", text=text, choices=value.choices))
+            continue
+        id = value.text if isinstance(value, Ref) else _spoken(value.id, value.words) if value.id else value.words
+        _put(doc, "distill.teacher", id)
+        made.tell(index, "distill.teacher", id, fact.words)
+    return models
+
+
+def _as_model(fact: Fact) -> Fact:
+    """A fact whose value is the bare name of a model, with the model or the choices that it names."""
+    if isinstance(fact.value, Ref):
+        return fact
+    name = str(fact.value)
+    known = catalogue.find(name)
+    value = Mention(fact.start, fact.start, name, known.id if known else None, tuple(choices(name)))
+    return replace(fact, value=value)
 
 
 def _choose_model(made: Made, index: int, part: Part, facts: list[Fact], doc: dict[str, Any], intent: str) -> None:

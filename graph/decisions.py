@@ -42,6 +42,7 @@ def next_attempt(view: JobView) -> Attempt:
         spec=stage.spec,
         plan_hash=plan.plan_hash,
         data_fingerprint=stage.data.fingerprint,
+        reward_hashes=stage.reward_hashes,
         resume_from=None if view.state is JobState.AWAITING_APPROVAL else resume_point(view),
         seconds_cap=min(hours) * 3600 if hours else None,
     )

@@ -45,6 +45,7 @@ class StageDraft:
     fits: tuple[Fit, ...] = ()
     hardware: str = ""
     model_commit: str | None = None
+    reward_hashes: tuple[str, ...] = ()
 
     def noting(self, *findings: Finding, **changes: Any) -> StageDraft:
         """This stage with more findings, and other fields changed."""

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.graph import settings
+from tunesmith.graph import methods, settings
 from tunesmith.graph.checks import problems
 from tunesmith.graph.draft import Draft, Fit, StageDraft, finding_of
 from tunesmith.graph.intake import Reading, read
+from tunesmith.graph.rewarding import rewarded
 from tunesmith.orchestrator.errors import BackendUnavailable, InputError, TunesmithError
 from tunesmith.orchestrator.nouns import (
     DataReport,
@@ -41,7 +42,6 @@ from tunesmith.orchestrator.nouns import (
 )
 from tunesmith.orchestrator.nouns import Mapping as DataMapping
 
-BUILT = ("sft",)
 NOT_YET = (
     ("deliver.push", "the result is not pushed"),
     ("deliver.merge", "the adapter is not merged"),
@@ -94,6 +94,8 @@ def intake(request: Request, answers: Mapping[str, Any]) -> Draft:
         if request.backend is not None:
             doc["backend"] = request.backend
     questions = tuple(item for item in reading.questions if not _settled(item, docs, said))
+    asked = {item.field for item in questions}
+    questions += tuple(item for item in methods.questions(docs) if item.field not in asked)
     findings = [item for item in reading.findings if not _overruled(item, said)]
     open_fields = {item.field for item in questions} | {item.where for item in findings if item.level == "error"}
     checked = [_checked(doc, index, len(docs), open_fields) for index, doc in enumerate(docs)]
@@ -178,17 +180,18 @@ def _checked(doc: settings.Doc, index: int, count: int, asked: Set[str]) -> list
 
 def inspect(draft: Draft, cache: Path) -> Draft:
     """Read the data and look the model up, for every stage. What cannot be read stands in the stage's findings."""
-    return draft.with_stages([_inspected(stage, draft, cache) for stage in draft.stages])
+    stages, questions = rewarded([_inspected(stage, draft, cache) for stage in draft.stages])
+    return replace(draft.with_stages(stages), questions=(*draft.questions, *questions))
 
 
 def _inspected(stage: StageDraft, draft: Draft, cache: Path) -> StageDraft:
     from tunesmith.executors.kernel import catalogue, data
 
-    spec, findings = stage.spec, list(_not_built(stage.spec))
+    spec, findings = stage.spec, [*_not_built(stage.spec), *methods.misfits(stage.spec)]
     facts = folder = commit = None
     ref = _base(draft, spec.model)
     if ref is None:
-        findings.append(_of_job(spec.model))
+        findings.append(_of_job(spec.model, "model.id"))
     else:
         try:
             folder = catalogue.at_hand(ref, cache)
@@ -196,7 +199,7 @@ def _inspected(stage: StageDraft, draft: Draft, cache: Path) -> StageDraft:
         except InputError as error:
             findings.append(finding_of(error))
         else:
-            findings += [_unknown_model(ref)] if facts is None else []
+            findings += [_unknown_model(ref)] if facts is None else _of_teacher(spec, facts, cache)
         commit = folder.name if folder is not None and folder.parent.name == "snapshots" else None
     report = data.inspect(spec, facts=facts, tokenizer_folder=folder)
     chosen = _mappings(spec, report)
@@ -242,13 +245,13 @@ def _base(draft: Draft, ref: ModelRef) -> ModelRef | None:
     return None if ref.id.startswith("job:") else ref
 
 
-def _of_job(ref: ModelRef) -> Finding:
+def _of_job(ref: ModelRef, where: str) -> Finding:
     return Finding(
         level="error",
         code="model.unavailable",
-        message=f"This version cannot train on top of the result of an earlier job ({ref.id[:100]}).",
-        where="model.id",
-        fix="Name a model: --set model.id=Qwen/Qwen3-0.6B, or the folder of its merged weights.",
+        message=f"This version cannot use the result of an earlier job ({ref.id[:100]}) as a model.",
+        where=where,
+        fix=f"Name a model: --set {where}=Qwen/Qwen3-0.6B, or the folder of its merged weights.",
     )
 
 
@@ -258,13 +261,28 @@ def _unknown_model(ref: ModelRef) -> Finding:
     return finding_of(sizing.unknown_model(ref))
 
 
+def _of_teacher(spec: JobSpec, student: Any, cache: Path) -> list[Finding]:
+    """What is wrong with the model that a student shall learn from."""
+    from tunesmith.executors.kernel import catalogue, sizing
+
+    if spec.method != "distill" or spec.distill.teacher is None:
+        return []
+    ref = ModelRef(id=spec.distill.teacher)
+    if ref.id.startswith(("job:", "stage:")):
+        return [_of_job(ref, "distill.teacher")]
+    try:
+        teacher = catalogue.facts(ref, cache)
+    except InputError as error:
+        return [replace(finding_of(error), where="distill.teacher")]
+    if teacher is None:
+        return [replace(finding_of(sizing.unknown_model(ref)), where="distill.teacher")]
+    misfit = methods.teacher_misfit(student, teacher)
+    return [misfit] if misfit is not None else []
+
+
 def _not_built(spec: JobSpec) -> list[Finding]:
     """What the spec asks for and this version does not do yet."""
     found = []
-    if spec.method not in BUILT:
-        message = f"The method {spec.method} is understood, and not available in this version."
-        fix = f"Available: {', '.join(BUILT)}."
-        found.append(Finding(level="error", code="method.unavailable", message=message, where="method", fix=fix))
     doc = plain(spec)
     for key, effect in NOT_YET:
         if settings.get(doc, key):
@@ -292,18 +310,16 @@ def _sized(stage: StageDraft, draft: Draft, known: Sequence[Device], cache: Path
 
     chosen, findings = choose(stage.spec, known)
     ref = _base(draft, stage.spec.model)
-    if (
-        stage.spec.method not in BUILT
-        or ref is None
-        or any(item.where == "model.id" for item in _errors(stage.findings))
-    ):
+    if ref is None or any(item.where in ("model.id", "distill.teacher") for item in _errors(stage.findings)):
         return stage.noting(*findings)
     try:
         facts = catalogue.facts(ref, cache)
-        fits = tuple(_fit(stage, facts, device) for device in known)
+        taught = stage.spec.method == "distill" and stage.spec.distill.teacher is not None
+        teacher = catalogue.facts(ModelRef(id=str(stage.spec.distill.teacher)), cache) if taught else None
+        fits = tuple(_fit(stage, facts, device, teacher) for device in known)
         if chosen is None:
             return stage.noting(*findings, fits=fits)
-        spec, sized, time, resolved, notes = sizing.resolve(stage.spec, facts, stage.data, chosen)
+        spec, sized, time, resolved, notes = sizing.resolve(stage.spec, facts, stage.data, chosen, teacher)
     except TunesmithError as error:
         return stage.noting(*findings, finding_of(error))
     resolved = [*stage.resolved, *(replace(item, value=plain(item.value)) for item in resolved)]
@@ -325,14 +341,14 @@ def _sized(stage: StageDraft, draft: Draft, known: Sequence[Device], cache: Path
     )
 
 
-def _fit(stage: StageDraft, facts: Any, device: Device) -> Fit:
+def _fit(stage: StageDraft, facts: Any, device: Device, teacher: Any) -> Fit:
     from tunesmith.executors.kernel import sizing
 
     if device.why_not is not None:
         return Fit(device=device, fits=False, why_not=device.why_not)
     try:
         spec = replace(stage.spec, backend=device.backend, hardware=device.hardware)
-        _, sized, time, _, notes = sizing.resolve(spec, facts, stage.data, device)
+        _, sized, time, _, notes = sizing.resolve(spec, facts, stage.data, device, teacher)
     except TunesmithError as error:
         return Fit(device=device, fits=False, why_not=error.message)
     why = next((item.message for item in notes if item.level == "error"), None)
@@ -398,6 +414,7 @@ def estimate(draft: Draft) -> Plan:
             time=stage.time,
             offers=tuple(_offer(stage.spec, fit) for fit in stage.fits),
             findings=(*stage.findings, *_over_caps(stage)),
+            reward_hashes=stage.reward_hashes,
         )
         for stage in draft.stages
     )
@@ -410,6 +427,11 @@ def estimate(draft: Draft) -> Plan:
         [stage.spec for stage in draft.stages],
         fingerprints=[stage.data.fingerprint for stage in draft.stages],
         model_commits=[stage.model_commit for stage in draft.stages],
+        reward_hashes={
+            f"{index}.{place}": hash
+            for index, stage in enumerate(draft.stages)
+            for place, hash in enumerate(stage.reward_hashes)
+        },
         hardware=[stage.hardware for stage in draft.stages],
     )
     return Plan(
@@ -487,4 +509,4 @@ def _cap(key: str, cap: str, needed: str, surely: bool) -> Finding:
     )
 
 
-__all__ = ["BUILT", "Draft", "StageDraft", "choose", "estimate", "inspect", "intake", "plan", "size"]
+__all__ = ["Draft", "StageDraft", "choose", "estimate", "inspect", "intake", "plan", "size"]

@@ -40,6 +40,8 @@ _QUOTED = re.compile(r"(?<![\w])([\"'`])([^\"'`]{1,300})\1(?!\w)")
 _TOKEN = re.compile(r"[^\s,;\"'`()<>|={}]+")
 _JOB = re.compile(r"(?:job:)?j-[a-z2-7]{6}(?:\.\d+)?|job:[\w.-]+|stage:\d+", re.IGNORECASE)
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?:@[\w.-]+)?")
+_CODE = re.compile(r".+\.py(?::[^\W\d]\w*)?")
+_GYM = re.compile(r"reasoning[-_]gym:\w+")
 _URL = re.compile(r"(?:https?|hf|s3|gs|az|file)://|(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 _PAGE = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(datasets/)?([\w.-]+/[\w.-]+)(?:/.*)?|"
@@ -131,8 +133,10 @@ def classify(token: str, start: int, end: int) -> Ref | None:
         return Ref(start, end, token, "weights", "model")
     if bare.endswith(DATA_SUFFIXES) and bare not in DATA_SUFFIXES:
         return Ref(start, end, token, "file", "data")
-    if bare.endswith(".py") and len(bare) > 3:
+    if _CODE.fullmatch(bare):
         return Ref(start, end, token, "code")
+    if _GYM.fullmatch(bare):
+        return Ref(start, end, token, "file", "data")
     if token.startswith(("./", "../", "~/", "/")) and len(token) > 1 and not token.startswith("//"):
         return Ref(start, end, token, "path")
     if re.match(r"[A-Za-z]:\\", token):

@@ -27,6 +27,8 @@ def spelled_out(doc: Mapping[str, Any]) -> Doc:
             made[key] = {first: made[key]}
     if isinstance(made.get("data"), (str, Mapping)):
         made["data"] = [made["data"]]
+    if isinstance(made.get("grpo"), dict) and isinstance(made["grpo"].get("rewards"), str):
+        made["grpo"]["rewards"] = [made["grpo"]["rewards"]]
     if isinstance(made.get("data"), (list, tuple)):
         made["data"] = [{"source": item} if isinstance(item, str) else item for item in made["data"]]
         for source in made["data"]:
@@ -134,13 +136,15 @@ def absolute(doc: Doc, cwd: str) -> None:
     for source in doc.get("data", []):
         if isinstance(source, dict) and isinstance(source.get("source"), str):
             source["source"] = _absolute(source["source"], cwd)
-    for section, key in (("eval", "source"), ("model", "id")):
+    for section, key in (("eval", "source"), ("model", "id"), ("distill", "teacher")):
         holder = doc.get(section)
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
-            holder[key] = _absolute(holder[key], cwd, model=section == "model")
+            holder[key] = _absolute(holder[key], cwd, model=section != "eval")
     grpo = doc.get("grpo")
     if isinstance(grpo, dict) and isinstance(grpo.get("rewards"), (list, tuple)):
-        grpo["rewards"] = [_absolute(str(item), cwd, model=True) for item in grpo["rewards"]]
+        from tunesmith.executors.kernel.rewards import absolute as reward_absolute
+
+        grpo["rewards"] = [reward_absolute(item, cwd) if isinstance(item, str) else item for item in grpo["rewards"]]
 
 
 def _absolute(name: str, cwd: str, *, model: bool = False) -> str:

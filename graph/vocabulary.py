@@ -33,6 +33,28 @@ def lora_rank(hit: Hit) -> dict[str, object]:
     return {"adapter.kind": "lora", "adapter.rank": value(hit)}
 
 
+def pair_loss(hit: Hit) -> str:
+    """A loss of preference pairs by its name, with the ending that people leave out."""
+    name = kind(hit)
+    endings = {"exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard", "apo": "apo_zero"}
+    return endings.get(name, name)
+
+
+def student(hit: Hit) -> dict[str, object]:
+    """ "Distil A from B": the other model that is named is the teacher."""
+    return {"method": "distill", "student": hit.refs[0] if hit.refs else hit.group("W")}
+
+
+def teacher(hit: Hit) -> dict[str, object]:
+    """ "Distil B into A"."""
+    return {"method": "distill", "distill.teacher": hit.group("W")}
+
+
+def samples(hit: Hit) -> dict[str, object]:
+    """ "8 generations of 64 tokens"."""
+    return {"grpo.num_generations": value(hit), "grpo.max_completion": hit.number("N2").plain}
+
+
 def both(hit: Hit) -> dict[str, int | float]:
     """ "Evaluate and checkpoint every 100 steps"."""
     return {"train.save_steps": value(hit), "train.eval_steps": value(hit)}
@@ -55,6 +77,7 @@ METHOD_RULES: tuple[Rule, ...] = (
         "direct preference(?: optimi[sz]ation)?",
         "preference_(?:tun\\w+|optimi[sz]\\w+|fine_tun\\w+|learning|training|alignment)",
     ),
+    *say("", {"method": "dpo", "dpo.loss": "ipo"}, "ipo(?! loss)"),
     *say("method.weak", "dpo", "align(?:ing|ment)?", "(?:human )?preferences?(?: data| pairs)?"),
     *say(
         "method",
@@ -75,6 +98,8 @@ METHOD_RULES: tuple[Rule, ...] = (
     *say("method", "rloo", "rloo"),
     *say("method", "reward", f"{WITH}(?:a )?reward_model(?:l?ing)?"),
     *say("method", "distill", "distil(?:l|lation|ling)?", "knowledge distillation"),
+    *say("", student, "distil(?:l|ling)? (?:the |my )?{W} from"),
+    *say("", teacher, "distil(?:l|ling)? (?:(?:the )?knowledge (?:from|of) )?(?:the |my )?{W} (?:in)?to"),
     *say("method.unknown", lambda hit: hit.words, "(?:ppo|orpo|simpo|cpo|gspo|bco|reinforce\\+\\+|nash_?md|xpo)"),
 )
 
@@ -294,9 +319,20 @@ TRAIN_RULES: tuple[Rule, ...] = (
     *say("train.seed", value, f"{WITH}(?:random )?seed{{IS}}{{N}}"),
 )
 
+ANSWERS = "(?:generations?|completions?|rollouts?|answers?|samples?|responses?)"
+UP_TO = "(?:(?:up to|at most|about|around|max(?:imum)?|no more than) ){0,2}"
+PAIR_LOSS = (
+    "(?P<kind>ipo|hinge|sigmoid_norm|sigmoid|robust|exo(?:_pair)?|nca(?:_pair)?|bco(?:_pair)?|sppo(?:_hard)?|"
+    "aot(?:_unpaired)?|apo(?:_(?:zero|down))?|discopop)"
+)
+
 TUNING_RULES: tuple[Rule, ...] = (
-    *say("beta", value, f"{WITH}(?:dpo_|kl_)?beta{{IS}}{{N}}"),
-    *say("dpo.loss", kind, "(?P<kind>ipo|hinge|sigmoid|robust|exo_pair)_loss"),
+    *say(
+        "beta", value, f"{WITH}(?:dpo_|kto_|kl_)?beta{{IS}}{{N}}", f"{WITH}kl(?:_(?:penalty|coefficient))?{{IS}}{{N}}"
+    ),
+    *say("dpo.loss", pair_loss, f"{WITH}{PAIR_LOSS}_loss", f"{WITH}loss{tail('type function', 1)}{{IS}}{PAIR_LOSS}"),
+    *say("dpo.label_smoothing", value, f"{WITH}label_smoothing{{IS}}{{A}}"),
+    *say("dpo.reference", "none", f"{OFF} (?:a |any )?reference(?:_model)?", "reference_free"),
     *say(
         "grpo.num_generations",
         value,
@@ -306,13 +342,44 @@ TUNING_RULES: tuple[Rule, ...] = (
         "(?:num_generations|generations|group_size){IS}{N}",
         "groups? of {N}",
     ),
-    *say("grpo.max_completion", tokens, "max_completion(?:_length|_tokens)?{IS}{N}(?: tokens?)?"),
+    *say("", samples, f"{WITH}{{N}} {ANSWERS},? (?:of|with) {UP_TO}{{N2}}_tokens?(?: each)?"),
+    *say(
+        "grpo.max_completion",
+        tokens,
+        "max_completion(?:_length|_tokens)?{IS}{N}(?: tokens?)?",
+        "(?:max(?:imum)?_)?(?:completion|generation|response|answer)_length{IS}{N}(?: tokens?)?",
+        f"{WITH}{ANSWERS} (?:of|with) {UP_TO}{{N}}_tokens?(?: each)?",
+        f"{WITH}{UP_TO}{{N}}_tokens? (?:per|for each|each|an|a) {ANSWERS}",
+        f"{WITH}{UP_TO}{{N}}_tokens?_{ANSWERS}",
+        "max_new_tokens{IS}{N}",
+        f"{WITH}{UP_TO}{{N}} new tokens",
+    ),
     *say("grpo.temperature", value, f"{WITH}temp(?:erature)?{{IS}}{{N}}"),
-    *say("grpo.loss", kind, "(?P<kind>dapo|dr_grpo|bnpo)(?: loss)?"),
+    *say("grpo.loss", kind, f"{WITH}(?P<kind>dapo|dr_grpo|bnpo)(?: loss)?", f"{WITH}(?P<kind>grpo) loss"),
+    *say("grpo.epsilon", value, f"{WITH}(?:clip(?:ping)?_)?eps(?:ilon)?(?:_low)?{{IS}}{{N}}"),
+    *say("grpo.epsilon_high", value, f"{WITH}(?:clip(?:ping)?_)?eps(?:ilon)?_high{{IS}}{{N}}"),
+    *say(
+        "grpo.num_iterations",
+        value,
+        f"{WITH}{{N}} (?:iterations|updates|passes|inner epochs) (?:per|on each) (?:batch|rollout|generation)",
+        "num_iterations{IS}{N}",
+    ),
+    *say(
+        "grpo.scale_rewards",
+        "none",
+        f"{OFF} (?:reward_scaling|(?:scal\\w+|normali[sz]\\w+) (?:of )?(?:the )?rewards?)",
+    ),
+    *say("grpo.mask_truncated", True, f"{WITH}mask(?:ing)?(?: out)? (?:the )?(?:truncated|cut) {ANSWERS}"),
     *say(
         "grpo.rewards",
         lambda hit: (hit.group("R"),),
         f"{WITH}(?:my |custom )*rewards?" + tail("function functions file from in is are") + " {R}",
         lead("with use using and", 2) + "{R} (?:as|for|is) (?:the |a |my )*rewards?(?: functions?)?",
+    ),
+    *say(
+        "distill.teacher",
+        lambda hit: hit.group("W"),
+        lead("and with using use from by the a its", 3) + "teacher(?: model)?{IS}{W}",
+        lead("and with using use from by", 2) + "{W} (?:as|for|is|being) (?:the |a |its )?teacher(?: model)?",
     ),
 )

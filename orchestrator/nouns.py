@@ -145,7 +145,7 @@ class DpoSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoSpec:
-    """Group relative policy optimisation; rloo reads all but `loss`, `scale_rewards` and `mask_truncated`.
+    """Group relative policy optimisation; rloo reads all but `loss` and `scale_rewards`.
 
     Ratios are clipped to [1 - epsilon, 1 + epsilon_high], where a missing `epsilon_high` is epsilon. Advantages are
     divided by the standard deviation of their group's rewards, of the whole step's (batch), or by nothing.
@@ -381,7 +381,10 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One method of a plan: its resolved spec and all that is foretold of it."""
+    """One method of a plan: its resolved spec and all that is foretold of it.
+
+    `reward_hashes` are the SHA-256 of the files that rewards come from, in the order of the spec.
+    """
 
     spec: JobSpec
     resolved: tuple[Resolved, ...]
@@ -390,6 +393,7 @@ class Stage:
     time: TimeEstimate | None
     offers: tuple[Offer, ...] = ()
     findings: tuple[Finding, ...] = ()
+    reward_hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,8 +436,8 @@ class Approval:
 class Attempt:
     """One execution on one backend: the whole input of the kernel, written as attempt.json beside its outputs.
 
-    `spec` has no `auto` left. `data_fingerprint` is checked again when the attempt starts. `resume_from` is a
-    checkpoint folder relative to the job's folder ("attempts/1/checkpoints/step-00000010"), or None.
+    `spec` has no `auto` left. `data_fingerprint` and `reward_hashes` are checked again when the attempt starts.
+    `resume_from` is a checkpoint folder relative to the job's folder ("attempts/1/checkpoints/step-00000010"), or None.
     """
 
     job: str
@@ -441,6 +445,7 @@ class Attempt:
     spec: JobSpec
     plan_hash: str
     data_fingerprint: str | None = None
+    reward_hashes: tuple[str, ...] = ()
     resume_from: str | None = None
     seconds_cap: float | None = None
 

@@ -1,5 +1,9 @@
-"""`python -P -m tunesmith.executors.kernel ATTEMPT_DIR`: run one attempt, end with its exit code."""
+"""`python -P -m tunesmith.executors.kernel ATTEMPT_DIR`: run one attempt, end with its exit code.
 
+Its own further ranks are started with `--rank R --world N --parent PID` added (crew.py).
+"""
+
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -20,13 +24,26 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def main() -> int:
-    """Parse the one argument and run."""
-    if len(sys.argv) != 2:
-        print("usage: python -P -m tunesmith.executors.kernel ATTEMPT_DIR", file=sys.stderr)
-        return 2
-    from tunesmith.executors.kernel.run import run
+    """Parse the command line and run, as rank 0 or as one of its others."""
+    parser = argparse.ArgumentParser(prog="python -P -m tunesmith.executors.kernel", allow_abbrev=False)
+    parser.add_argument("folder", metavar="ATTEMPT_DIR", type=Path)
+    for name in ("--rank", "--world", "--parent"):
+        parser.add_argument(name, type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank:
+        from tunesmith.executors.kernel import crew
 
-    return run(Path(sys.argv[1]))
+        crew.bound(given.parent)
+    from tunesmith.executors.kernel import run
+
+    code = run.follow(given.folder, crew.Seat(given.rank, given.world)) if given.rank else run.run(given.folder)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # NCCL may wait for a rank that is gone, at the latest when the interpreter takes it down
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

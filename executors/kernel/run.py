@@ -7,7 +7,6 @@ state event says the same in words; tracebacks go to the log only.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import traceback
@@ -19,19 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.executors.kernel import checkpoint
 from tunesmith.executors.kernel.control import Control
+from tunesmith.executors.kernel.crew import LOST, Crew, Seat, devices, processes
+from tunesmith.executors.kernel.explain import explained, stopped
+from tunesmith.executors.kernel.place import choose_device, home_of, offline
 from tunesmith.executors.kernel.reporter import Reporter
+from tunesmith.executors.kernel.silent import Silent
 from tunesmith.executors.kernel.spoken import speak
 from tunesmith.executors.kernel.track import Track
-from tunesmith.orchestrator.errors import InputError, JobFailed, Stopped, StorageError, TunesmithError
+from tunesmith.orchestrator.errors import InputError, Stopped, StorageError, TunesmithError
 from tunesmith.orchestrator.events import Kind
-from tunesmith.orchestrator.nouns import Attempt, build, plain, spec_hash
+from tunesmith.orchestrator.nouns import Attempt, ModelRef, build, plain, spec_hash
 
 if TYPE_CHECKING:
-    import torch
-
-    from tunesmith.executors.kernel.data import Encoded, Prepared
+    from tunesmith.executors.kernel.data import Prepared
     from tunesmith.executors.kernel.loops.engine import Engine
     from tunesmith.executors.kernel.loops.model import Net
+    from tunesmith.executors.kernel.loops.ranks import Ranks
+    from tunesmith.executors.kernel.loops.trl import TrlEngine
+    from tunesmith.executors.kernel.rewards import Rewards
 
 SUCCEEDED, FAILED, BAD_INPUT, TOLD_TO = 0, 1, 2, 75
 
@@ -64,47 +68,85 @@ def run(folder: Path) -> int:
     return SUCCEEDED
 
 
+def follow(folder: Path, seat: Seat) -> int:
+    """Run the attempt in `folder` as a rank above 0, and return its exit code: it says nothing and saves nothing."""
+    folder = folder.absolute()
+    attempt = build(Attempt, json.loads((folder / "attempt.json").read_text(encoding="utf-8")))
+    run = Run(folder, attempt, Silent(folder, attempt.number), Control(Path(os.devnull)), seat)
+    try:
+        run.go()
+    except BaseException as error:
+        trouble = explained(error)
+        if trouble.code == "internal":
+            traceback.print_exc()
+        if trouble.code == "ranks.lost":
+            return LOST
+        run.crew.tell(trouble)
+        return BAD_INPUT if trouble.exit_code == 2 else FAILED
+    return SUCCEEDED
+
+
+OWN = ("sft", "dpo", "grpo")  # methods with a loop of our own; TRL's trainers serve the others
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokenised rows, those held out apart."""
+    """Tokenised rows, those held out apart: Encoded, Pair or Prompt by the method; `tables` are TRL's."""
 
-    train: list[Encoded]
-    eval: list[Encoded]
+    train: Sequence[Any] = ()
+    eval: Sequence[Any] = ()
+    tables: Any = None
 
 
 class Run:
     """The phases of one attempt, in order; between them a stop is obeyed."""
 
-    def __init__(self, folder: Path, attempt: Attempt, reporter: Reporter, control: Control) -> None:
+    def __init__(
+        self, folder: Path, attempt: Attempt, reporter: Reporter, control: Control, seat: Seat | None = None
+    ) -> None:
         self.folder = folder
         self.attempt = attempt
         self.spec = attempt.spec
         self.reporter = reporter
         self.control = control
         self.checkpoints = folder / "checkpoints"
+        self.seat = seat or Seat(0, processes(attempt.spec.hardware))
+        self.crew = Crew(folder, self.seat, self._abandon)
         self.facts = {"attempt": attempt.number, "spec_hash": spec_hash(attempt.spec)}
 
     def go(self) -> None:
         """All of it. Raises TunesmithError, Stopped among them, or whatever a library raises."""
         _settled(self.spec)
+        if self.seat.world > 1 and not self.seat.rank:
+            devices(self.spec.hardware)  # GPUs that are missing are named before anything is read
         self.reporter.progress("loading", 0, 3, unit="parts")
         prepared = self._data()
         self._pause()
         tokenizer, model_folder = self._tokenizer()
         self.reporter.progress("loading", 1, 3, unit="parts")
+        scorer = self._rewards()
         rows = self._encode(prepared, tokenizer)
+        self._try_rewards(scorer, rows)
         self._pause()
-        net = self._net(model_folder)
-        self.reporter.progress("loading", 3, 3, unit="parts")
-        self._pause()
-        pad_id = _pad_id(tokenizer)
-        self._preflight(net, rows, pad_id)
-        engine = self._engine(net, rows, pad_id)
-        self._resume(engine)
-        self.reporter.state("running")
-        outcome = engine.run()
+        with self.crew:  # from here on with the other ranks, which have read the same rows
+            net = self._net(model_folder)
+            self.reporter.progress("loading", 3, 3, unit="parts")
+            self._pause()
+            ranks = self.crew.join(net.device, self._pause)
+            if self.spec.method in OWN:
+                self._preflight(net, rows, _pad_id(tokenizer), ranks)
+                engine = self._engine(net, rows, tokenizer, model_folder, scorer, ranks)
+            else:
+                engine = self._trl_engine(net, rows, tokenizer, scorer)
+            self._resume(engine, ranks)
+            self.reporter.state("running")
+            outcome = engine.run()
+            if self.seat.rank or outcome.ended != "stopped":  # after a stop nobody waits for the others
+                self.crew.part(ranks)
+        if self.seat.rank:
+            return
         if outcome.ended == "stopped":
-            raise _stopped(f"at step {outcome.step:,} of {engine.total:,}; it goes on from its checkpoint")
+            raise stopped(f"at step {outcome.step:,} of {engine.total:,}; it goes on from its checkpoint")
         if outcome.ended == "early":
             self.reporter.log(f"Training ended early at step {outcome.step:,}: the evaluation got no better.")
         self.reporter.state("finishing")
@@ -153,35 +195,53 @@ class Run:
         return tokenizer, folder
 
     def _encode(self, prepared: Prepared, tokenizer: Any) -> Rows:
-        from tunesmith.executors.kernel.data import encode_many
+        from tunesmith.executors.kernel import data
+        from tunesmith.executors.kernel.data.cached import cached
         from tunesmith.executors.kernel.data.load import no_usable_rows
 
+        if self.spec.method not in OWN:
+            return self._tables(prepared, tokenizer)
+        kind = {"sft": data.Encoded, "dpo": data.Pair, "grpo": data.Prompt}[self.spec.method]
         limit = int(self.spec.train.max_length)
+        if self.spec.method == "grpo":
+            limit -= self.spec.grpo.max_completion
         total = len(prepared.train) + len(prepared.eval)
-        parts: list[list[Encoded]] = []
-        lost: list[InputError] = []
-        cut = done = 0
-        for examples in (prepared.train, prepared.eval):
-            kept: list[Encoded] = []
-            for result in encode_many(examples, tokenizer, limit):
-                done += 1
-                if isinstance(result, InputError):
-                    lost.append(result)
-                else:
-                    kept.append(result)
-                    cut += result.truncated
-                self.reporter.progress("tokenizing", done, total, unit="rows")
-                if done % 4096 == 0:
-                    self._pause()
-            parts.append(kept)
+        parts: list[Any] = []
+        for before, examples in ((0, prepared.train), (len(prepared.train), prepared.eval)):
+
+            def told(done: int, before: int = before) -> None:
+                self.reporter.progress("tokenizing", before + done, total, unit="rows")
+
+            folder = home_of(self.folder) / "cache" / "tokens"
+            found = cached(kind, examples, tokenizer, limit, folder=folder, progress=told, pause=self._pause)
+            if found.note:
+                self.reporter.log(f"The cache of tokens: {found.note}", "warning")
+            parts.append(found)
+        lost = [error for part in parts for error in part.errors]
         self._report_dropped(lost, total)
+        self._report_cut(sum(part.truncated for part in parts), total, limit)
+        if not len(parts[0]):
+            raise no_usable_rows(lost)
+        return Rows(*parts)
+
+    def _tables(self, prepared: Prepared, tokenizer: Any) -> Rows:
+        """Rows as TRL's trainers read them, checked by our own encoding first."""
+        from tunesmith.executors.kernel.loops.trl_rows import tables
+
+        def told(done: int, total: int) -> None:
+            self.reporter.progress("tokenizing", done, total, unit="rows")
+            self._pause()
+
+        found = tables(self.spec, prepared, tokenizer, told)
+        self._report_dropped(found.lost, found.total)
+        self._report_cut(found.cut, found.total, int(self.spec.train.max_length))
+        return Rows(tables=found)
+
+    def _report_cut(self, cut: int, total: int, limit: int) -> None:
         if cut:
             self.reporter.alert(
                 "data.truncated", f"{cut:,} of {total:,} rows were longer than {limit:,} tokens and lost their end."
             )
-        if not parts[0]:
-            raise no_usable_rows(lost)
-        return Rows(*parts)
 
     def _report_dropped(self, errors: Sequence[InputError], rows: int) -> None:
         counts = Counter(error.code for error in errors)
@@ -195,67 +255,157 @@ class Run:
                 fix=first.fix,
             )
 
+    # --- rewards ----------------------------------------------------------------------------------------------------
+
+    def _rewards(self) -> Rewards | None:
+        """The reward functions of a job that has any; a user's file must be the one that was approved."""
+        if self.spec.method not in ("grpo", "rloo"):
+            return None
+        from tunesmith.executors.kernel import rewards
+
+        return rewards.load(self.spec, self.attempt.reward_hashes)
+
+    def _try_rewards(self, scorer: Rewards | None, rows: Rows) -> None:
+        """Every reward on a few rows, before anything expensive is done."""
+        if scorer is None:
+            return
+        from tunesmith.executors.kernel import rewards
+
+        self.reporter.progress("preflight", 0, 1, unit="checks")
+        for finding in rewards.dry_run(scorer, self._prompts(rows)):
+            self.reporter.alert(finding.code, finding.message, finding.level, where=finding.where, fix=finding.fix)
+
+    def _prompts(self, rows: Rows) -> Sequence[Any]:
+        if rows.tables is None:
+            return rows.train
+        from tunesmith.executors.kernel.data import Prompt
+
+        table = rows.tables.train
+        every = zip(table.numbers, table.columns["prompt"], table.kept, strict=True)
+        return [Prompt(number, [], prompt, kept) for number, prompt, kept in every]
+
     # --- the model --------------------------------------------------------------------------------------------------
 
     def _net(self, model_folder: Path) -> Net:
         from tunesmith.executors.kernel.loops import model
 
-        device = choose_device(self.spec.hardware)
+        device = choose_device(self.spec.hardware, self.seat)
         self.reporter.progress("loading", 2, 3, unit="parts")
         net = model.load(model_folder, self.spec, device)
         trainable = sum(item.numel() for _, item in net.trainable())
-        self.reporter.log(f"Training {trainable:,} parameters of {self.spec.model.id} on {device}.")
+        several = f", in {self.seat.world} processes" if self.seat.world > 1 else ""
+        self.reporter.log(f"Training {trainable:,} parameters of {self.spec.model.id} on {device}{several}.")
         return net
 
-    def _preflight(self, net: Net, rows: Rows, pad_id: int) -> None:
-        from tunesmith.executors.kernel.loops import selftest
+    def _preflight(self, net: Net, rows: Rows, pad_id: int, ranks: Ranks) -> None:
+        from tunesmith.executors.kernel.loops import methods, selftest
 
         self.reporter.progress("preflight", 0, 1, unit="checks")
         net.packed = self.spec.train.packing is True
-        verdict = selftest.check(net, rows.train, pad_id=pad_id)
+        verdict = selftest.check(net, methods.probes(self.spec, rows.train), pad_id=pad_id)
+        net.packed, net.forked, net.chunked = map(ranks.agree, (net.packed, net.forked, net.chunked))
         for problem in verdict.problems:
             self.reporter.log(f"Self-test: {problem}.", "warning")
         if verdict.packing is not None and net.packed:
             self.reporter.log(f"Self-test: packed and single rows agree (difference {verdict.packing:.1e}).")
         self.reporter.progress("preflight", 1, 1, unit="checks")
 
-    def _engine(self, net: Net, rows: Rows, pad_id: int) -> Engine:
+    def _engine(
+        self, net: Net, rows: Rows, tokenizer: Any, model_folder: Path, scorer: Rewards | None, ranks: Ranks
+    ) -> Engine:
+        from tunesmith.executors.kernel.loops import methods
         from tunesmith.executors.kernel.loops.engine import Engine
-        from tunesmith.executors.kernel.loops.sft import Sft
 
-        if self.spec.method != "sft":
-            raise InputError(
-                f"The method {self.spec.method} is not available yet.",
-                code="method.unavailable",
-                where="method",
-                fix="Use sft.",
-            )
-        train = self.spec.train
-
-        def method(chosen: list[Encoded]) -> Sft:
-            return Sft(
-                net,
-                chosen,
-                micro_batch=int(train.micro_batch),
-                max_length=int(train.max_length),
-                packing=train.packing is True,
-                pad_id=pad_id,
-            )
-
-        return Engine(
+        setting = methods.Setting(
+            spec=self.spec,
+            net=net,
+            tokenizer=tokenizer,
+            pad_id=_pad_id(tokenizer),
+            model_folder=model_folder,
+            cache=home_of(self.folder) / "cache",
+            reporter=self.reporter,
+            stopped=self.control.stop,
+            scorer=scorer,
+            ranks=ranks,
+        )
+        method, evaluation = methods.make(setting, rows.train, rows.eval)
+        engine = Engine(
             net,
-            method(rows.train),
-            train,
+            method,
+            self.spec.train,
             reporter=self.reporter,
             control=self.control,
             checkpoints=self.checkpoints,
             facts=self.facts,
-            evaluation=method(rows.eval),
-            task={"data": self.attempt.data_fingerprint, "model": self.spec.model.id, "method": self.spec.method},
+            evaluation=evaluation,
+            task=self._task(),
+            ranks=ranks,
+        )
+        for each in (method, evaluation):
+            self._foresee(each, engine)
+        return engine
+
+    def _foresee(self, method: Any, engine: Engine) -> None:
+        """What the model thinks before it changes, where that will be asked for later and could not be known then."""
+        from tunesmith.executors.kernel.loops import methods
+
+        size = int(self.spec.train.effective_batch)
+        needed = sorted(engine.rows_ahead() if method is engine.method else range(len(method.rows)))
+        chunks = (needed[start : start + size] for start in range(0, len(needed), size))
+        for done in methods.foresee(method, chunks):
+            self.reporter.progress("reference", done, len(needed), unit="rows")
+            self._pause()
+
+    def _trl_engine(self, net: Net, rows: Rows, tokenizer: Any, scorer: Rewards | None) -> TrlEngine:
+        from tunesmith.executors.kernel import weights
+        from tunesmith.executors.kernel.loops import trl
+
+        if self.seat.world > 1:
+            raise InputError(
+                f"The method {self.spec.method} runs on one device.",
+                code="hardware.gpus",
+                where="hardware",
+                why="TRL's trainer serves it, and only our own loops share a step between processes.",
+                fix="Leave hardware out.",
+            )
+        teacher = None
+        if self.spec.method == "distill":
+            if self.spec.distill.teacher is None:
+                raise trl.no_teacher()
+            folder = weights.locate(ModelRef(id=self.spec.distill.teacher), home_of(self.folder) / "cache")
+            teacher = trl.load_teacher(folder, self.spec, net, tokenizer)
+        return trl.TrlEngine(
+            net,
+            rows.tables,
+            self.spec,
+            tokenizer,
+            reporter=self.reporter,
+            control=self.control,
+            checkpoints=self.checkpoints,
+            facts=self.facts,
+            task=self._task(),
+            rewards=scorer,
+            teacher=teacher,
         )
 
-    def _resume(self, engine: Engine) -> None:
-        """Go on from the newest checkpoint that verifies: an own one first, else one of the attempt named."""
+    def _task(self) -> dict[str, Any]:
+        return {"data": self.attempt.data_fingerprint, "model": self.spec.model.id, "method": self.spec.method}
+
+    def _resume(self, engine: Engine | TrlEngine, ranks: Ranks) -> None:
+        """Go on from the checkpoint that rank 0 found, if it found one; then every rank holds the same."""
+        path = ranks.gather(None if self.seat.rank else self._found())[0]
+        if path is not None:
+            engine.resume(Path(path))
+            origin = Path(path).parent.parent.name
+            self.reporter.log(f"Going on from step {engine.cursor.step:,} ({origin}).")
+        if ranks.world > 1:
+            from tunesmith.executors.kernel.loops.ranks import fingerprint
+
+            ranks.same("task", engine.task)
+            ranks.same("weights", fingerprint([item for _, item in engine.net.trainable()]))
+
+    def _found(self) -> str | None:
+        """The newest checkpoint that verifies: an own one first, else one of the attempt named."""
         checkpoint.sweep(self.checkpoints)
         places = [self.checkpoints]
         named = self.attempt.resume_from
@@ -272,11 +422,10 @@ class Run:
             for finding in found.passed_over:
                 self.reporter.alert(finding.code, finding.message, where=finding.where)
             if found.path is not None:
-                engine.resume(found.path)
-                self.reporter.log(f"Going on from step {engine.cursor.step:,} ({found.path.parent.parent.name}).")
-                return
+                return str(found.path)
         if named is not None:
             self.reporter.alert("checkpoint.none", "No checkpoint verifies, so training starts from the beginning.")
+        return None
 
     # --- what comes out ---------------------------------------------------------------------------------------------
 
@@ -301,81 +450,14 @@ class Run:
         )
         self.reporter.progress("saving", 1, 1, unit="results", step=step)
 
+    def _abandon(self, error: TunesmithError) -> None:
+        """End now: another rank is gone, and this one's main thread waits for it where nothing wakes it."""
+        self.reporter.state("failed", error)
+        os._exit(FAILED)
+
     def _pause(self) -> None:
         if self.control.stop():
-            raise _stopped("before training began")
-
-
-def explained(error: BaseException) -> TunesmithError:
-    """Any exception as one with a code: oom.cuda, oom.host, storage.*, internal, or its own."""
-    if isinstance(error, TunesmithError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return _stopped("by an interrupt")
-    text = str(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return JobFailed(
-            "The GPU ran out of memory.",
-            code="oom.cuda",
-            why=text.split(". ")[0][:300],
-            fix="Lower train.micro_batch or train.max_length, or set train.activation_checkpointing to true.",
-        )
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
-        return JobFailed(
-            "The machine ran out of memory.",
-            code="oom.host",
-            why=text[:300],
-            fix="Lower train.micro_batch or train.max_length, or choose a smaller model.",
-        )
-    if isinstance(error, OSError):
-        try:
-            with checkpoint.storage_errors(Path(error.filename or "results")):
-                raise error
-        except StorageError as known:
-            return known
-        except OSError:
-            pass
-    return JobFailed(
-        "The training process met an error that it did not expect.",
-        code="internal",
-        why=f"{type(error).__name__}: {(text.splitlines() or [''])[0][:200]}",
-        fix="The log holds the details. Retry the job: it goes on from its last checkpoint.",
-    )
-
-
-def home_of(folder: Path) -> Path:
-    """The home that an attempt's folder belongs to: TUNESMITH_HOME, else by where the folder lies."""
-    named = os.environ.get("TUNESMITH_HOME")
-    if named:
-        return Path(named)
-    parents = folder.parents
-    return parents[3] if len(parents) > 3 and parents[0].name == "attempts" and parents[2].name == "jobs" else folder
-
-
-def offline() -> bool:
-    """Whether the environment forbids asking the Hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-
-
-def choose_device(hardware: Any) -> torch.device:
-    """The device to train on: a GPU where there is one and the spec does not say cpu. Sets the threads of a CPU."""
-    import torch
-
-    if hardware != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores())
-    return torch.device("cpu")
-
-
-def cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its control group."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(count, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return count
+            raise stopped("before training began")
 
 
 def _settled(spec: Any) -> None:
@@ -412,7 +494,3 @@ def _pad_id(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-def _stopped(where: str) -> Stopped:
-    return Stopped(f"The attempt was told to end {where}.", code="stopped")

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "ray", "langgraph", "peft", "accelerate", "trackio", "pyarrow")
+SCORERS = ("sympy", "math_verify", "jsonschema", "reasoning_gym", "matplotlib", "numpy")
 CLIENT = (*HEAVY, "httpx", "pydantic", "rich", "starlette", "uvicorn")
 
 
@@ -26,6 +27,7 @@ CLIENT = (*HEAVY, "httpx", "pydantic", "rich", "starlette", "uvicorn")
         ("tunesmith.executors.local.executor", HEAVY),
         ("tunesmith.executors.kernel.catalogue", HEAVY),
         ("tunesmith.executors.kernel.data", HEAVY),
+        ("tunesmith.executors.kernel.rewards", (*HEAVY, *SCORERS)),
         ("tunesmith.executors.kernel.sizing", HEAVY),
     ],
 )

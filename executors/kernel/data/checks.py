@@ -16,9 +16,8 @@ from tunesmith.executors.kernel.data.report import token_stats
 from tunesmith.executors.kernel.data.sources import Row, fingerprint, open_source
 from tunesmith.executors.kernel.data.tokens import Lengths
 from tunesmith.orchestrator.errors import InputError
-from tunesmith.orchestrator.nouns import SCHEMA_VERSION, DataSource, Finding, plain
+from tunesmith.orchestrator.nouns import METHODS, SCHEMA_VERSION, DataSource, Finding, plain
 
-METHODS = ("sft", "dpo", "grpo", "kto")
 PREVIEW = 3
 CLIP = 2000  # characters of a cell in a preview
 
@@ -120,8 +119,6 @@ def _verdict(sources: Sequence[DataSource], heads: Sequence[list[Any]], method: 
             _, mapping = understand([values for _, values in head], source.mapping, method=method)
         except InputError as error:
             return error
-        if not _serves(mapping.kind, method):
-            return InputError(f"The mapping is of kind {mapping.kind}.", code="data.mapping")
         usable = False
         for number, (where, values) in enumerate(head):
             try:
@@ -132,12 +129,6 @@ def _verdict(sources: Sequence[DataSource], heads: Sequence[list[Any]], method: 
         if not usable:
             return first or no_usable_rows([])
     return None
-
-
-def _serves(kind: str, method: str) -> bool:
-    """Whether rows of a kind are what a method trains on; decides where the spec says the mapping."""
-    needs = {"dpo": ("preference",), "kto": ("unpaired",), "grpo": ("prompt-only",)}
-    return kind in needs.get(method, ("messages", "prompt-completion", "text"))
 
 
 def _made_for(heads: Sequence[list[Any]], verdicts: dict[str, InputError | None]) -> str:

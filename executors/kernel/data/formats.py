@@ -17,7 +17,7 @@ from typing import Any
 
 from tunesmith.executors.kernel.data.turns import TURNS_COLUMNS, as_turn, as_turns, role_of
 from tunesmith.orchestrator.errors import InputError
-from tunesmith.orchestrator.nouns import Format, Mapping
+from tunesmith.orchestrator.nouns import SAMPLED, Format, Mapping
 
 SAMPLE = 100  # rows looked at
 
@@ -31,6 +31,23 @@ ROLES_OF_KIND: dict[Format, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "preference": (("chosen", "rejected"), ("prompt", "context", "system")),
     "unpaired": (("messages|completion", "label"), ("prompt", "context", "system", "history")),
     "prompt-only": (("messages|prompt",), ("context", "system", "history")),
+}
+
+KINDS_FOR: dict[str, tuple[Format, ...]] = {  # what a method trains on, the usual kind first
+    "sft": ("prompt-completion", "messages", "text"),
+    "dpo": ("preference",),
+    "reward": ("preference",),
+    "kto": ("unpaired",),
+    **dict.fromkeys(SAMPLED, ("prompt-only",)),
+}
+_NEEDS = {
+    "sft": "messages, a prompt with its completion, or text",
+    "dpo": "a chosen and a rejected answer",
+    "reward": "a chosen and a rejected answer",
+    "kto": "an answer and a label that says whether it is good",
+    "grpo": "a prompt, and a column to reward answers with",
+    "rloo": "a prompt, and a column to reward answers with",
+    "distill": "a prompt",
 }
 
 _SFT_PAIRS = (
@@ -131,15 +148,23 @@ def understand(rows: Sequence[Values], mapping: Mapping | str, *, method: str = 
     """
     if not isinstance(mapping, Mapping):
         return detect(rows, method=method)
+    if mapping.kind not in KINDS_FOR[method]:
+        raise InputError(
+            f"A mapping of kind {mapping.kind} does not serve {method}.",
+            why=f"{method} needs {_NEEDS[method]}.",
+            fix=f"Set data.mapping.kind to {' or '.join(KINDS_FOR[method])}, or leave data.mapping to auto.",
+            code="data.mapping",
+            where="mapping.kind",
+        )
     seen = columns_of(rows)
     if not mapping.columns and mapping.template is None:
         for shape in shapes(seen):
-            for found in (mapping_for(shape, each, seen) for each in ("sft", "dpo", "grpo", "kto")):
-                if found is not None and found.kind == mapping.kind:
-                    keep = mapping.keep or found.keep
-                    return shape.name, Mapping(
-                        kind=found.kind, columns=found.columns, roles={**found.roles, **mapping.roles}, keep=keep
-                    )
+            found = mapping_for(shape, method, seen)
+            if found is not None and found.kind == mapping.kind:
+                keep = mapping.keep or found.keep
+                return shape.name, Mapping(
+                    kind=found.kind, columns=found.columns, roles={**found.roles, **mapping.roles}, keep=keep
+                )
         raise _wrong_columns(seen, shapes(seen), method, kind=mapping.kind)
     _check_mapping(mapping, seen)
     named = next((shape.name for shape in shapes(seen) if dict(shape.columns) == dict(mapping.columns)), mapping.kind)
@@ -173,18 +198,24 @@ def mapping_for(shape: Shape, method: str, seen: Columns) -> Mapping | None:
     if shape.kind == "unpaired":
         columns.pop("label")
     conversation = "messages" in columns
-    if method in ("grpo", "rloo"):
+    if method in SAMPLED:
         if shape.kind in ("preference", "text"):
             return None
         answer = columns.pop("completion", None)
-        others = [name for name in seen.kinds if _plain(name) in _ANSWERS and name not in columns.values()]
-        keep = dict.fromkeys([answer] if answer else []) | dict.fromkeys(others)
+        others = [name for name in seen.kinds if name not in columns.values() and _is_plain(seen, name)]
+        named = [name for name in others if _plain(name) in _ANSWERS]
+        keep = dict.fromkeys([*([answer] if answer else []), *named, *(() if method == "distill" else others)])
         return Mapping(kind="prompt-only", columns=columns, roles=roles, keep=tuple(keep))
     if shape.kind in ("preference", "prompt-only"):
         return None
     if shape.kind == "text":
         return Mapping(kind="text", columns=columns)
     return Mapping(kind="messages" if conversation else "prompt-completion", columns=columns, roles=roles)
+
+
+def holds_answers(names: Sequence[str]) -> bool:
+    """Whether one of these columns is named like one of answers."""
+    return any(_plain(name) in (*_ANSWERS, *_COMPLETIONS) for name in names)
 
 
 def truth(value: Any) -> bool | None:
@@ -302,6 +333,15 @@ def _kind(name: str, value: Any) -> str:
     return "turn" if as_turn(value) else "other"
 
 
+def _is_plain(seen: Columns, column: str) -> bool:
+    """Whether a column holds what JSON can: no pictures, no sound, nothing of a table's own types."""
+    try:
+        json.dumps([row.get(column) for row in seen.rows[:SAMPLE]])
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def _turns_in(seen: Columns, column: str) -> list[tuple[Any, Any]]:
     found: list[tuple[Any, Any]] = []
     for row in seen.rows[:SAMPLE]:
@@ -398,13 +438,7 @@ def _list(seen: Columns) -> str:
 
 
 def _wrong_columns(seen: Columns, found: Sequence[Shape], method: str, kind: Format | None = None) -> InputError:
-    needs = {
-        "dpo": "a chosen and a rejected answer",
-        "reward": "a chosen and a rejected answer",
-        "kto": "an answer and a label that says whether it is good",
-        "grpo": "a prompt, and a column to reward answers with",
-        "rloo": "a prompt, and a column to reward answers with",
-    }.get(method, "messages, a prompt with its completion, or text")
+    needs = _NEEDS[method]
     if kind is not None:
         why = f"A mapping of kind {kind} was asked for, and no columns were found for it."
     elif found:
@@ -424,9 +458,7 @@ def _wrong_columns(seen: Columns, found: Sequence[Shape], method: str, kind: For
 
 def _nearest(seen: Columns, found: Sequence[Shape], method: str, kind: Format | None) -> Mapping:
     """The mapping that the data comes closest to; its column names are a guess for a person to correct."""
-    kinds: dict[str, Format] = {"dpo": "preference", "reward": "preference", "kto": "unpaired", "grpo": "prompt-only"}
-    kinds["rloo"] = "prompt-only"
-    wanted = kind or kinds.get(method, "prompt-completion")
+    wanted = kind or KINDS_FOR[method][0]
     if wanted == "prompt-completion" and found and found[0].kind == "preference":
         columns = {role: name for role, name in found[0].columns.items() if role not in ("chosen", "rejected")}
         columns["completion"] = found[0].columns["chosen"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import Any
 
 from tunesmith.executors.kernel.data.convert import Example, convert
 from tunesmith.executors.kernel.data.formats import SAMPLE, understand
@@ -55,10 +56,14 @@ class Conversion:
 def mapping_of(source: DataSource, *, method: str = "sft", offline: bool = True) -> Mapping | None:
     """The mapping of one source, from its first rows; None where it cannot be read or fits no format."""
     try:
-        head = [row for _, row in islice(open_source(source, offline=offline), SAMPLE)]
-        return understand(head, source.mapping, method=method)[1]
+        return understand(sample(source, offline=offline), source.mapping, method=method)[1]
     except InputError:
         return None
+
+
+def sample(source: DataSource, *, offline: bool = True) -> list[dict[str, Any]]:
+    """The first rows of a source as they stand in it. Raises InputError as `open_source` does."""
+    return [row for _, row in islice(open_source(source, offline=offline), SAMPLE)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.executors.kernel.data.convert import Example, Message
+from tunesmith.executors.kernel.data.formats import holds_answers
 from tunesmith.executors.kernel.data.sources import Row
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import Finding, Level, Mapping
@@ -190,7 +191,7 @@ def finding_of(error: InputError, level: Level = "error") -> Finding:
 def of_mapping(format_name: str, mapping: Mapping, columns: list[str], method: str) -> list[Finding]:
     """What a mapping passes over: labels, tools, answers that a reward would need."""
     found = []
-    if format_name == "unpaired" and method in ("sft", "distill") and "label" not in mapping.columns:
+    if format_name == "unpaired" and method == "sft" and "label" not in mapping.columns:
         found.append(
             Finding(
                 level="warning",
@@ -210,7 +211,7 @@ def of_mapping(format_name: str, mapping: Mapping, columns: list[str], method: s
                 fix="Write the tools into the system turn.",
             )
         )
-    if method in ("grpo", "rloo") and not mapping.keep:
+    if method in ("grpo", "rloo") and not holds_answers(mapping.keep):
         found.append(
             Finding(
                 level="warning",

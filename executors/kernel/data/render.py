@@ -170,7 +170,7 @@ def _rendered(example: Example, tokenizer: Any) -> _Text | InputError:
                 return _Text(example.row, text, special=True, start=len(example.prompt))
             messages = (Message("user", example.prompt), Message("assistant", example.completion))
         if messages is None:
-            raise _error(example.row, "nothing_to_train", "holds a prompt and no answer")
+            raise row_error(example.row, "nothing_to_train", "holds a prompt and no answer")
         return _conversation(example, messages, tokenizer)
     except InputError as error:
         error.where = error.where or f"row {example.row}"
@@ -181,7 +181,7 @@ def _ended(example: Example, text: str, tokenizer: Any) -> str:
     eos = tokenizer.eos_token
     if not eos:
         why = "The tokenizer has no end-of-sequence token, so the model would never learn to stop."
-        raise _error(example.row, "no_stop_token", "cannot be ended", why)
+        raise row_error(example.row, "no_stop_token", "cannot be ended", why)
     return text if text.endswith(eos) else text + eos
 
 
@@ -189,37 +189,39 @@ def _conversation(example: Example, messages: Sequence[Message], tokenizer: Any)
     if not tokenizer.chat_template:
         why = "The model has no chat template, so nobody knows how it should read turns."
         fix = "Choose an instruct model, or map the data to prompt and completion, or to text."
-        raise _error(example.row, "no_chat_template", "is a conversation", why, fix)
+        raise row_error(example.row, "no_chat_template", "is a conversation", why, fix)
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    whole = _render(turns, tokenizer, False)
+    whole = as_text(turns, tokenizer, False)
     answers = []
     for number, message in enumerate(messages):
         if message.role != "assistant":
-            _check_shown(example, message, whole)
+            check_shown(example, message, whole)
         elif number >= example.context:
-            before = _render(turns[:number], tokenizer, True)
+            before = as_text(turns[:number], tokenizer, True)
             if not whole.startswith(before):
                 why = "Its rendering of the turns before an answer is not how the whole conversation begins."
-                raise _error(example.row, "template_not_prefix", "cannot be labelled with this chat template", why)
+                raise row_error(example.row, "template_not_prefix", "cannot be labelled with this chat template", why)
             answers.append((len(before), message.content))
     if not answers:
-        raise _error(example.row, "nothing_to_train", "holds no answer to train on")
+        raise row_error(example.row, "nothing_to_train", "holds no answer to train on")
     return _Text(example.row, whole, special=False, answers=answers)
 
 
-def _render(turns: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool) -> str:
+def as_text(turns: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool) -> str:
+    """Turns as the chat template writes them. Raises InputError data.template_refused."""
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as error:  # a template is a program of strangers: it may raise anything
         raise refused(error) from error
 
 
-def _check_shown(example: Example, message: Message, whole: str) -> None:
+def check_shown(example: Example, message: Message, whole: str) -> None:
+    """Raise InputError data.template_drops_turn where a turn does not stand in the rendered text."""
     text = message.content.strip()
     if text not in whole and json.dumps(text, ensure_ascii=False)[1:-1] not in whole:
         why = f"The chat template leaves out or rewrites a turn of the {message.role}."
         fix = "Map the role to one that the model knows, or choose another model."
-        raise _error(example.row, "template_drops_turn", "would be trained on without one of its turns", why, fix)
+        raise row_error(example.row, "template_drops_turn", "would be trained on without one of its turns", why, fix)
 
 
 # --- labels --------------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def _labelled(
     if all(label == IGNORED for label in labels[:max_length]):
         why = f"It has {len(ids):,} tokens, and the first {max_length:,} hold none of its answer."
         fix = "Raise train.max_length, or shorten or remove the row."
-        raise _error(text.row, "no_supervised_tokens", "is dropped", why, fix)
+        raise row_error(text.row, "no_supervised_tokens", "is dropped", why, fix)
     return Encoded(text.row, ids[:max_length], labels[:max_length], truncated=True)
 
 
@@ -275,14 +277,15 @@ def _stop_after(text: _Text, start: int, content: str, ends: dict[int, int]) -> 
     if found:
         raise _no_stop(text.row)
     why = "The chat template rewrites an answer, so its end cannot be found."
-    raise _error(text.row, "template_changes_text", "cannot be labelled with this chat template", why)
+    raise row_error(text.row, "template_changes_text", "cannot be labelled with this chat template", why)
 
 
 def _no_stop(row: int) -> InputError:
     why = "No stop token follows an answer: a model trained on it would never learn to stop."
     fix = "Use a chat template that ends the assistant's turn with a special token named in generation_config.json."
-    return _error(row, "no_stop_token", "has an answer without an end", why, fix)
+    return row_error(row, "no_stop_token", "has an answer without an end", why, fix)
 
 
-def _error(row: int, code: str, what: str, why: str = "", fix: str = "") -> InputError:
+def row_error(row: int, code: str, what: str, why: str = "", fix: str = "") -> InputError:
+    """The error of one row: "Row 7 `what`.", with the code data.`code`."""
     return InputError(f"Row {row} {what}.", why=why, fix=fix, code=f"data.{code}", where=f"row {row}")

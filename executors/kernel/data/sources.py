@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunesmith.executors.kernel.data import files, hub, records
+from tunesmith.executors.kernel.data import files, gym, hub, records
 from tunesmith.orchestrator.nouns import DataSource
 
 SHARE_SEED = 0  # of `fraction`: a share is the same rows whatever seed trains on them
@@ -51,6 +52,8 @@ def open_source(source: DataSource, *, offline: bool = True) -> Iterator[records
 
 def rows_in(source: DataSource, *, offline: bool = True) -> int | None:
     """How many rows a source holds before limit and fraction; None where the Hub does not say."""
+    if gym.is_gym(source.source):
+        return gym.rows(source)
     if files.is_hub_id(source.source):
         return hub.rows(source, offline=offline)
     return sum(records.count(path) for path in files.locate(source.source, source.split))
@@ -92,7 +95,9 @@ def fingerprint(sources: Sequence[DataSource], *, offline: bool = True) -> str:
     """
     whole = hashlib.sha256(b"tunesmith data 1\n")
     for source in sources:
-        if files.is_hub_id(source.source):
+        if gym.is_gym(source.source):
+            contents = [_digest_of_rows(source)]
+        elif files.is_hub_id(source.source):
             contents = [f"{source.source}@{hub.commit(source, offline=offline)}"]
         else:
             contents = [_digest(path) for path in files.locate(source.source, source.split)]
@@ -102,11 +107,22 @@ def fingerprint(sources: Sequence[DataSource], *, offline: bool = True) -> str:
 
 
 def _records(source: DataSource, offline: bool) -> Iterator[records.Record]:
+    if gym.is_gym(source.source):
+        yield from gym.records(source)
+        return
     if files.is_hub_id(source.source):
         yield from hub.records(source, offline=offline)
         return
     for path in files.locate(source.source, source.split):
         yield from records.records(path)
+
+
+def _digest_of_rows(source: DataSource) -> str:
+    """Of a source that is made and not stored: another version of its library may make other rows."""
+    whole = hashlib.sha256()
+    for _, values in gym.records(source):
+        whole.update(json.dumps(values, sort_keys=True).encode())
+    return whole.hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Adapters: peft's modules and file format, with one autograd function for the plain LoRA product."""
+"""Adapters: peft's modules and file format, plain LoRA layers running as one product."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.executors.kernel.loops import quantised
+from tunesmith.executors.kernel.loops.products import LoraProduct
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import AdapterSpec
 
 EVERY_LINEAR = "all-linear"
+SCORE = "score"  # the head of a model that scores a text, as transformers names it
 
 
 def linear_names(model: Any) -> list[str]:
@@ -47,36 +50,34 @@ def targets(model: Any, wanted: Sequence[str] | str) -> list[str]:
     return list(wanted)
 
 
-def attach(model: Any, spec: AdapterSpec, seed: int, base_id: str) -> Any:
+def attach(model: Any, spec: AdapterSpec, seed: int, base_id: str, *, scores: bool = False) -> Any:
     """The model with a fresh adapter in float32, every base weight frozen: a PeftModel.
 
-    The first values depend on the seed alone: they are drawn on the CPU, in the order of the modules.
+    The first values depend on the seed alone: they are drawn on the CPU, in the order of the modules. A model that
+    `scores` gets no adapter on its head: the head is trained whole, in float32, and saved with the adapter.
     """
     from peft import LoraConfig, get_peft_model
 
-    if spec.kind == "qlora":
-        raise InputError(
-            "A quantised base is not available here.",
-            code="adapter.qlora",
-            why="This kernel trains adapters on a bfloat16 or float32 base.",
-            where="adapter.kind",
-            fix="Set adapter.kind to lora.",
-        )
     torch.manual_seed(seed)
     config = LoraConfig(
         r=int(spec.rank),
         lora_alpha=int(alpha) if (alpha := float(spec.alpha)).is_integer() else alpha,
-        target_modules=targets(model, spec.targets),
+        target_modules=[name for name in targets(model, spec.targets) if not (scores and name == SCORE)],
         lora_dropout=spec.dropout,
         use_dora=spec.kind == "dora",
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # peft asks transformers 5.23 under an old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     config.base_model_name_or_path = base_id
+    if scores:
+        config.modules_to_save = [SCORE]
+        for item in adapted.parameters():
+            if item.requires_grad:
+                item.data = item.data.float()
     return adapted
 
 
@@ -116,49 +117,27 @@ def load(model: Any, folder: Path) -> None:
             own[name].copy_(tensor)
 
 
-class _LoraProduct(torch.autograd.Function):
-    """x @ W.T + scale * (x @ A.T) @ B.T, W frozen; the two small factors are cast to x's type and graded in their own.
-
-    x [n, in], W [out, in], A [r, in], B [out, r]. Keeps x and x @ A.T for the backward pass, nothing of [n, out].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        small = x @ a.to(x.dtype).t()
-        y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
-        y.addmm_(small, b.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, w, a, b, small)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, small = ctx.saved_tensors
-        through = (grad @ b.to(grad.dtype)) * ctx.scale
-        grad_x = torch.addmm(grad @ w, through, a.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        grad_a = (through.t() @ x).to(a.dtype)
-        grad_b = (grad.t() @ small).to(b.dtype) * ctx.scale
-        return grad_x, None, None, grad_a, grad_b, None
-
-
 def fuse(model: Any) -> int:
     """Let plain LoRA layers run as one autograd function; returns how many do.
 
     Layers with dropout, DoRA, merged or several adapters keep peft's own forward. State and names do not change.
     """
-    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
 
     count = 0
     for module in model.modules():
-        if type(module) is LoraLinear and _plain(module):
+        if isinstance(module, LoraLayer) and _plain(module):
             module.forward = _FusedForward(module, module.forward)
             count += 1
     return count
 
 
 def _plain(layer: Any) -> bool:
+    from peft.tuners.lora import Linear as LoraLinear
+
+    narrow = type(layer).__name__ == "Linear4bit" and quantised.is_narrow(layer.base_layer)
     return (
-        type(layer.base_layer) is nn.Linear
+        (narrow or (type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear))
         and not layer.base_layer.weight.requires_grad
         and list(layer.lora_A) == ["default"]
         and not layer.lora_variant
@@ -178,11 +157,15 @@ class _FusedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
+        base = layer.base_layer
+        state = getattr(base.weight, "quant_state", None)
         if layer.disable_adapters or layer.merged or args or kwargs or layer.active_adapters != ["default"]:
+            if state is not None and layer.disable_adapters and not (layer.merged or args or torch.is_grad_enabled()):
+                # the library has a kernel of its own for this, and a reference shall not differ from a fresh adapter
+                return nn.functional.linear(x, quantised.read(base.weight, state).to(x.dtype), base.bias)
             result: Tensor = self.usual(x, *args, **kwargs)
             return result
-        base = layer.base_layer
         flat = x.reshape(-1, x.shape[-1])
         a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-        out: Tensor = _LoraProduct.apply(flat, base.weight, base.bias, a, b, scale)  # type: ignore[no-untyped-call]
+        out: Tensor = LoraProduct.apply(flat, base.weight, state, base.bias, a, b, scale)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], out.shape[-1])

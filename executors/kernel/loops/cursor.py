@@ -49,11 +49,15 @@ def save(
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     scalars: dict[str, Any] = {}
+    seen: set[int] = set()
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             label = f"{key}/{names[parameter]}"
             if isinstance(value, Tensor):
-                tensors[label] = value.detach().to("cpu").contiguous()
+                tensor = value.detach().to("cpu").contiguous()
+                # the 8-bit optimizer's tables are one tensor for all parameters, which safetensors refuses
+                tensors[label] = tensor.clone() if tensor.data_ptr() in seen else tensor
+                seen.add(tensor.data_ptr())
             else:
                 scalars[label] = value
     save_file(tensors, str(folder / _STATE))

@@ -35,6 +35,7 @@ from tunesmith.orchestrator.errors import InputError, JobFailed, StorageError
 from tunesmith.orchestrator.events import Kind
 from tunesmith.orchestrator.nouns import TrainSpec
 
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How training ended: at its last step, early because evaluation got no better, or because it was told to."""
@@ -101,6 +102,7 @@ class Engine:
         self.optimizer = optimizers.make(self.names, train, net.device)
         half = net.device.type == "cuda" and train.dtype == "float16"
         self.scaler = torch.amp.GradScaler(net.device.type, enabled=half)
+        self.scaler.scale(torch.zeros((), device=net.device))  # made here, since a rank may find nothing to do at first
         self.cursor = cursors.Cursor()
         self.task = {
             "rows": len(method.rows),
@@ -153,7 +155,8 @@ class Engine:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(best / name, folder / name)
 
-        checkpoint.write(self.checkpoints / best.name, fill, step=self.cursor.best_step, **self.facts)
+        if self.ranks.rank == 0:
+            checkpoint.write(self.checkpoints / best.name, fill, step=self.cursor.best_step, **self.facts)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -239,6 +242,11 @@ class Engine:
 
     def _picked(self, step: int) -> list[int]:
         return list(self.sampler.step(step // self.method.repeats))
+
+    def rows_ahead(self) -> set[int]:
+        """Indices of the rows that the run will take up, over all of its steps."""
+        epoch = self.sampler.steps_per_epoch * self.method.repeats
+        return {row for step in range(min(self.total, epoch)) for row in self._picked(step)}
 
     def _turn(self, step: int, *, training: bool = True) -> Turn:
         return Turn(step, step // (self.sampler.steps_per_epoch * self.method.repeats), training)
@@ -350,7 +358,7 @@ class Engine:
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """The measure over the held-out rows; given up without a trace where a stop comes."""
+        """The measure over the held-out rows; given up without a trace where a stop comes. Raises Interrupted then."""
         evaluation, step = self.evaluation, self.cursor.step
         if evaluation is None or self.cursor.evaluated_step == step:
             return
@@ -361,13 +369,10 @@ class Engine:
         try:
             with torch.no_grad():
                 for sums, count in self._assessed(evaluation, step):
-                    if self.ranks.world == 1 and self.control.stop():
-                        evaluation.meter.drain(self.net.device)
-                        return
+                    if self.control.stop():
+                        raise Interrupted
                     total[0] += sums
                     units += count
-        except Interrupted:
-            return
         finally:
             self.net.outer.train()
         total[1] = units

@@ -61,6 +61,14 @@ class Scores(Protocol):
     def totals(self) -> Sequence[float]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Unasked:
+    """The scores of no answers."""
+
+    values: tuple[Sequence[float | None], ...] = ()
+    totals: tuple[float, ...] = ()
+
+
 class Scorer(Protocol):
     """The reward functions of a job, as `rewards.load` gives them."""
 
@@ -87,7 +95,9 @@ class Judge:
     scorer: Scorer
 
     def __call__(self, asked: Sequence[Prompt], samples: Sequence[Sample], step: int) -> tuple[Scores, list[str]]:
-        """Scores of one sample each for the prompts in `asked`, and the texts."""
+        """Scores of one sample each for the prompts in `asked`, and the texts. A rank without any asks nobody."""
+        if not samples:
+            return Unasked(), []
         texts = [self.text(sample.ids) for sample in samples]
         told = [
             text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
@@ -243,10 +253,9 @@ class Grpo:
 
         training = self.net.outer.training
         self.net.outer.eval()
-        alone = self.stopped if self.ranks.world == 1 else None
         try:
             key = f"{self.seed}:{turn.epoch}"
-            made = self.rollout.generate(asks, key=key, greedy=greedy, told=told, stopped=alone)
+            made = self.rollout.generate(asks, key=key, greedy=greedy, told=told, stopped=self.stopped)
         finally:
             self.net.outer.train(training)
         if made is None:

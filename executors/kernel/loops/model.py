@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.executors.kernel import catalogue
-from tunesmith.executors.kernel.loops import adapter, attention, loss
+from tunesmith.executors.kernel.loops import adapter, attention, loss, quantised
 from tunesmith.executors.kernel.loops.batches import Batch
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import JobSpec
@@ -138,14 +138,11 @@ class Net:
 def load(folder: Path, spec: JobSpec, device: torch.device) -> Net:
     """The model in `folder`, adapted and frozen as the spec says, on the device.
 
+    For the method reward it scores a text instead of continuing it: a new head with one output stands in for its own.
     `folder` holds config.json and safetensors; no code of the model's is ever run. Raises InputError for what
     transformers cannot load and for a type the device cannot train in.
     """
-    from transformers import AutoModelForCausalLM
-
-    attention.register()
     train = spec.train
-    full = spec.adapter.kind == "none"
     half = HALF.get(str(train.dtype))
     if half is torch.float16 and device.type == "cpu":
         raise InputError(
@@ -154,23 +151,53 @@ def load(folder: Path, spec: JobSpec, device: torch.device) -> Net:
             where="train.dtype",
             fix="Set bfloat16 or float32.",
         )
+    if spec.method == "reward":
+        torch.manual_seed(train.seed)  # the new head's first values
+    dtype = torch.float32 if spec.adapter.kind == "none" or half is None else half
+    narrow = device if spec.adapter.kind == "qlora" else None
+    return ready(read(folder, spec.model.id, dtype, scores=spec.method == "reward", narrow=narrow), spec, device)
+
+
+def read(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    *,
+    scores: bool = False,
+    where: str = "model.id",
+    narrow: torch.device | None = None,
+) -> Any:
+    """transformers' model of a folder, on the CPU: causal, or with a head of one output where it `scores`.
+
+    `name` is what the user called it, at `where` in the spec. With `narrow` its linear layers are held in 4 bits, and
+    all of it on that device. Raises InputError (model.unloadable, adapter.qlora).
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    attention.register()
+    more: dict[str, Any] = {"num_labels": 1} if scores else {}
+    if narrow is not None:
+        more |= quantised.reading(folder, dtype, narrow)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
             str(folder),
-            dtype=torch.float32 if full or half is None else half,
+            dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **more,
         )
     except Exception as error:  # a strangers' config and weights: transformers and safetensors may raise anything
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise
-        raise _unloadable(spec, _first_line(error)) from error
+        raise _unloadable(name, where, _first_line(error)) from error
     absent = sorted({*map(str, info["missing_keys"]), *(str(item[0]) for item in info["mismatched_keys"])})
+    absent = [each for each in absent if not (scores and each.startswith(f"{adapter.SCORE}."))]
     if absent:  # transformers would train them from random values
-        raise _unloadable(spec, f"{len(absent):,} of its weights are missing or of another shape, such as {absent[0]}.")
-    return ready(model, spec, device)
+        why = f"{len(absent):,} of its weights are missing or of another shape, such as {absent[0]}."
+        raise _unloadable(name, where, why)
+    return model
 
 
 def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
@@ -179,13 +206,17 @@ def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
     train = spec.train
     full = spec.adapter.kind == "none"
     half = HALF.get(str(train.dtype))
+    scores = spec.method == "reward"
     fused = False
     if full:
         outer = model
         outer.requires_grad_(True)
     else:
         known = catalogue.find(spec.model.id)
-        outer = adapter.attach(model, spec.adapter, train.seed, known.id if known else spec.model.id)
+        base_id = known.id if known else spec.model.id
+        if spec.adapter.kind == "qlora":
+            quantised.quantise(model, half or torch.float32, device)
+        outer = adapter.attach(model, spec.adapter, train.seed, base_id, scores=scores)
         fused = adapter.fuse(outer) > 0
     outer.to(device)
     if train.activation_checkpointing is True:
@@ -195,15 +226,15 @@ def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
         else:  # transformers before 5.20
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     outer.train()
-    return Net(outer, adapted=not full, device=device, autocast=None if fused else half)
+    return Net(outer, adapted=not full, device=device, autocast=None if fused and not scores else half)
 
 
-def _unloadable(spec: JobSpec, why: str) -> InputError:
+def _unloadable(name: str, where: str, why: str) -> InputError:
     return InputError(
-        f"The model {spec.model.id!r} cannot be loaded.",
+        f"The model {name!r} cannot be loaded.",
         code="model.unloadable",
         why=why,
-        where="model.id",
+        where=where,
         fix="Use a causal language model in safetensors whose architecture transformers knows.",
     )
 

@@ -33,8 +33,8 @@ def make(trained: Iterable[Tensor], train: TrainSpec, device: torch.device) -> t
 
 def _eight_bit(groups: list[dict[str, Any]], rate: float, device: torch.device) -> torch.optim.Optimizer:
     try:
-        if device.type != "cuda":
-            raise ImportError("it runs on CUDA devices only")
+        if device.type not in ("cuda", "cpu"):
+            raise ImportError(f"its 8-bit optimizer does not know the device {device.type}")
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(
@@ -42,7 +42,7 @@ def _eight_bit(groups: list[dict[str, Any]], rate: float, device: torch.device) 
             code="train.optimizer",
             why=f"bitsandbytes: {error}.",
             where="train.optimizer",
-            fix="Set train.optimizer to adamw.",
+            fix="Install it (pip install 'tunesmith[train]'), or set train.optimizer to adamw.",
         ) from error
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=rate, betas=BETAS, eps=EPSILON)
     return optimizer

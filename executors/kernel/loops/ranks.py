@@ -127,6 +127,11 @@ class Joined(Ranks):
         meet(self._store, "leave", self.rank, self.world, self._check)
         torch.distributed.destroy_process_group()
 
+    def drop(self) -> None:
+        """Close the connections without a word to the others, who are gone; NCCL, which may wait for them, is left."""
+        if "nccl" not in torch.distributed.get_backend_config():
+            torch.distributed.destroy_process_group()
+
     def _call(self, name: str, *args: Any) -> None:
         try:
             getattr(torch.distributed, name)(*args)
@@ -154,9 +159,9 @@ def join(
     for name in _DEVICES:
         os.environ.setdefault(name, loopback)
     distributed = torch.distributed
-    store = distributed.FileStore(str(path), world)  # type: ignore[no-untyped-call]
+    store = distributed.FileStore(str(path))  # type: ignore[attr-defined]
     meet(store, "join", rank, world, check)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=silence)
     except RuntimeError as error:
@@ -171,6 +176,12 @@ def meet(store: Any, place: str, rank: int, world: int, check: Callable[[], None
     while not store.check(others):
         check()
         time.sleep(LOOK_SECONDS)
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> list[str]:
+    """The norm of each tensor, exactly: plain data that tells ranks whether they hold the same. Waits for the device."""
+    norms = torch._foreach_norm([item.detach() for item in tensors])
+    return [float(norm).hex() for norm in norms]
 
 
 def buckets(tensors: Sequence[Tensor], most: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
 from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
 from tunesmith.executors.kernel.sizing import defaults, size
+from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL, written
 from tunesmith.executors.kernel.sizing.size import Layout, in_gib
 from tunesmith.orchestrator.nouns import DataReport, Device, Finding, JobSpec
-
-UNBUILT = {  # what this version's kernel refuses, with the reason
-    ("adapter.kind", "qlora"): "Training on 4-bit weights is not in this version.",
-}
-
-
-def built(key: str, value: str) -> bool:
-    """Whether the kernel of this version takes a value."""
-    return (key, value) not in UNBUILT
-
 
 # --- what would fit ------------------------------------------------------------------------------------------------
 
@@ -52,12 +44,13 @@ def _fewest_changes(layout: Layout, device: Device, budget: int, one: tuple[int,
         steps.append(("adapter.kind=lora (an adapter instead of all weights)", {"kind": "lora"}))
     if layout.dtype == "float32" and (device.kind == "cpu" or defaults.has_bf16(device)):
         steps.append(("train.dtype=bfloat16", {"dtype": "bfloat16"}))
-    if device.kind == "cuda" and built("adapter.kind", "qlora"):
+    if defaults.no_4bit(device) is None:
         steps.append(("adapter.kind=qlora (the model in 4 bits)", {"kind": "qlora"}))
-    for shorter in (longest // 2, longest // 4):
-        if shorter >= 128:
-            cut = {"tokens": tokens * shorter // longest, "longest": shorter}
-            steps.append((f"train.max_length={shorter} (leaves longer rows out)", cut))
+    for part in (2, 4):
+        if longest // part >= 128 and not layout.slots:
+            cut = {"tokens": tokens // part, "longest": longest // part}
+            cut |= {"branched": layout.branched // part, "looked": layout.looked // part}
+            steps.append((f"train.max_length={longest // part} (leaves longer rows out)", cut))
     said: dict[str, str] = {}
     for text, change in steps:
         tighter = layout.but(**change)
@@ -99,10 +92,13 @@ def notes(
 
 def _refused(asked: JobSpec, facts: ModelFacts, device: Device) -> list[Finding]:
     values = {"adapter.kind": asked.adapter.kind, "train.optimizer": asked.train.optimizer}
-    refused = dict(UNBUILT)
-    if missing := defaults.no_8bit(device):
-        refused["train.optimizer", "adamw-8bit"] = missing
-    found = [
+    reasons = {
+        ("adapter.kind", "qlora"): defaults.no_4bit(device),
+        ("train.optimizer", "adamw-8bit"): defaults.no_8bit(device),
+    }
+    refused = {what: why for what, why in reasons.items() if why}
+    found = [*_through_trl(asked, device)] if asked.method in THROUGH_TRL else []
+    found += [
         Finding(
             level="error",
             code=f"{key.partition('.')[0]}.unavailable",
@@ -129,6 +125,26 @@ def _refused(asked: JobSpec, facts: ModelFacts, device: Device) -> list[Finding]
     return found
 
 
+def _through_trl(asked: JobSpec, device: Device) -> list[Finding]:
+    """What TRL's trainers do not do."""
+
+    def error(code: str, message: str, where: str, fix: str) -> None:
+        found.append(Finding(level="error", code=code, message=message, where=where, fix=fix))
+
+    found: list[Finding] = []
+    if device.backend == "local" and importlib.util.find_spec("trl") is None:
+        message = f"{asked.method} is trained by TRL, which is not installed."
+        error("method.unavailable", message, "method", 'Install it: pip install "tunesmith[train]".')
+    if asked.train.packing is True:
+        message = f"train.packing=true is not to be had with {asked.method}: TRL trains it, and pads its batches."
+        error("train.unavailable", message, "train.packing", "Leave train.packing to auto.")
+    if asked.method == "kto" and 1 in (asked.train.micro_batch, asked.train.effective_batch):
+        key = "micro_batch" if asked.train.micro_batch == 1 else "effective_batch"
+        message = f"kto cannot train with train.{key}=1: it compares each prompt with the answer of another row."
+        error("kto.batch", message, f"train.{key}", f"Set train.{key} to 2 or more.")
+    return found
+
+
 def _unusual(asked: JobSpec, chosen: JobSpec, facts: ModelFacts, report: DataReport) -> list[Finding]:
     def warning(code: str, message: str, where: str, fix: str) -> None:
         found.append(Finding(level="warning", code=code, message=message, where=where, fix=fix))
@@ -142,14 +158,23 @@ def _unusual(asked: JobSpec, chosen: JobSpec, facts: ModelFacts, report: DataRep
             "train.max_length",
             f"Set it to {facts.context} or less.",
         )
-    if report.tokens is not None and asked.train.max_length == "auto" and report.tokens.max > length:
+    room = length - written(chosen)
+    if report.tokens is not None and asked.train.max_length == "auto" and report.tokens.max > room:
         warning(
             "train.rows_too_long",
-            f"Some rows are longer than {length:,} tokens (the longest seen has {report.tokens.max:,}).",
+            f"Some rows are longer than {room:,} tokens (the longest seen has {report.tokens.max:,}).",
             "train.max_length",
-            f"Set train.max_length={report.tokens.max} to train on all of them.",
+            f"Set train.max_length={report.tokens.max + written(chosen)} to train on all of them.",
         )
-    if asked.train.micro_batch != "auto" and asked.train.micro_batch > effective:
+    micro = int(chosen.train.micro_batch)
+    if chosen.method == "dpo" and chosen.dpo.loss in ("aot", "aot_unpaired") and micro < effective:
+        warning(
+            "dpo.micro_batch",
+            f"The loss {chosen.dpo.loss} sorts the pairs of a micro-batch, and one holds about {micro} of {effective}.",
+            "train.micro_batch",
+            f"Set train.micro_batch={effective} where memory allows, or choose another dpo.loss.",
+        )
+    if asked.method != "rloo" and asked.train.micro_batch != "auto" and asked.train.micro_batch > effective:
         warning(
             "train.micro_batch_unused",
             f"A step has {effective} rows, so a micro-batch of {asked.train.micro_batch} is never full.",

@@ -13,11 +13,21 @@ import re
 from pathlib import Path
 
 from tunesmith.executors.kernel.catalogue import ModelFacts
+from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL
 from tunesmith.orchestrator.nouns import DataReport, Device, JobSpec, TokenStats
 
 Choice = tuple[int, str]
 
 _NO_BF16 = re.compile(r"\b(T4|V100|P100|P40|GTX|RTX 20\d\d|Quadro RTX|TITAN)\b", re.IGNORECASE)
+_RATES = {  # of full training: TRL's defaults, but for the reward model, whose 1e-4 there is meant for adapters
+    "dpo": (1e-6, "preference tuning takes small steps"),
+    "kto": (1e-6, "preference tuning takes small steps"),
+    "grpo": (1e-6, "reinforcement takes small steps"),
+    "rloo": (1e-6, "reinforcement takes small steps"),
+    "distill": (1e-6, "what is learnt from changes with the model, so steps are small"),
+    "reward": (1e-5, "a new head is trained on a model that knows the language"),
+}
+ANSWERS_A_STEP = 64  # written for an optimizer step
 _HEADROOM = {
     "tokenizer": 1.0,
     "sample": 1.25,
@@ -44,13 +54,18 @@ def has_bf16(device: Device) -> bool:
     return device.kind == "cuda" and not _NO_BF16.search(device.hardware)
 
 
-def no_8bit(device: Device) -> str | None:
-    """Why the 8-bit optimizer cannot be had on a device; None where it can, as far as can be told from here."""
-    if device.kind != "cuda":
-        return f"It needs an NVIDIA GPU; {device.hardware} is none."
+def no_4bit(device: Device) -> str | None:
+    """Why a base in 4 bits cannot be had on a device; None where it can, as far as can be told from here."""
+    if device.kind not in ("cuda", "cpu"):
+        return f"It needs an NVIDIA GPU or a CPU; {device.hardware} is neither."
     if device.backend == "local" and importlib.util.find_spec("bitsandbytes") is None:
         return "It needs the package bitsandbytes (pip install bitsandbytes)."
     return None
+
+
+def no_8bit(device: Device) -> str | None:
+    """Why the 8-bit optimizer cannot be had on a device; None where it can: the same package does both."""
+    return no_4bit(device)
 
 
 def dtype(device: Device, full: bool) -> tuple[str, str]:
@@ -86,10 +101,9 @@ def targets(facts: ModelFacts) -> tuple[tuple[str, ...], str]:
 
 def learning_rate(facts: ModelFacts, method: str, full: bool) -> tuple[float, str]:
     """The peak learning rate: Tinker's 5e-5 x 10 for LoRA x (2000 / hidden) ** P, within sober bounds."""
-    if method in ("dpo", "kto"):
-        return (1e-6 if full else 1e-5), f"preference tuning takes small steps{'' if full else '; ten times for LoRA'}"
-    if method in ("grpo", "rloo"):
-        return (1e-6 if full else 1e-5), "reinforcement takes small steps"
+    if method in _RATES:
+        rate, why = _RATES[method]
+        return (rate if full else float(f"{10 * rate:.1g}")), f"{why}{'' if full else '; ten times for LoRA'}"
     power = 0.781 if facts.model_type == "llama" else 0.0775 if facts.model_type.startswith("qwen") else 0.4
     rate = 5e-5 * (1 if full else 10) * (2000 / facts.hidden) ** power
     low, high = (5e-6, 1e-4) if full else (1e-4, 1e-3)
@@ -100,11 +114,16 @@ def learning_rate(facts: ModelFacts, method: str, full: bool) -> tuple[float, st
     return rate, f"by width ({facts.hidden}) for {kind}"
 
 
-def effective_batch(rows: int | None, epochs: float, max_steps: int | None) -> Choice:
+def effective_batch(spec: JobSpec, rows: int | None) -> Choice:
     """Rows for each optimizer step: large where there are rows enough to still take a hundred steps."""
+    if spec.method in ("grpo", "rloo"):
+        made = spec.grpo.num_generations
+        size = _power_of_two(ANSWERS_A_STEP / made, 1, 64)
+        size = size if rows is None else min(size, max(1, rows))
+        return size, f"{size} prompts with {made} answers each: {size * made} answers are compared in a step"
     if rows is None:
         return 16, "a usual size; the data could not be counted"
-    seen = rows * epochs
+    seen, max_steps = rows * spec.train.epochs, spec.train.max_steps
     if max_steps is not None:
         size = _power_of_two(seen / max_steps, 8, 64)
         return min(size, max(1, rows)), f"{max_steps} steps over {rows:,} rows"
@@ -119,19 +138,25 @@ def _power_of_two(value: float, low: int, high: int) -> int:
     return size
 
 
-def max_length(facts: ModelFacts, tokens: TokenStats | None) -> Choice:
-    """The longest sequence trained on: every row that is seen fits, but for outliers."""
+def max_length(facts: ModelFacts, tokens: TokenStats | None, written: int = 0) -> Choice:
+    """The longest sequence trained on: every row that is seen fits, but for outliers.
+
+    `written` tokens of an answer follow each row, where the model writes it.
+    """
+    room = max(8, facts.context - written)
+    more = f", and {written:,} are written after it" if written else ""
     if tokens is None or tokens.max <= 0:
-        length = min(UNKNOWN_LENGTH, facts.context)
-        return length, "assumed, as the lengths of the data are not known"
+        length = min(UNKNOWN_LENGTH, room)
+        return length + written, f"assumed, as the lengths of the data are not known{more}"
     longest = tokens.max * (1.0 if tokens.exact else _HEADROOM[tokens.method])
     bound = max(1024, 4 * tokens.p95)
-    length = min(_round_up(min(longest, bound), 64), facts.context)
+    length = min(_round_up(min(longest, bound), 64), room)
     if length >= tokens.max:
-        return length, f"every row seen fits (the longest has about {tokens.max:,} tokens)"
-    if length == facts.context:
-        return length, f"the model's context; the longest row has about {tokens.max:,} tokens"
-    return length, f"95 % of rows have at most {tokens.p95:,} tokens; a few outliers are longer than this"
+        return length + written, f"every row seen fits (the longest has about {tokens.max:,} tokens){more}"
+    if length == room:
+        return length + written, f"the model's context; the longest row has about {tokens.max:,} tokens{more}"
+    why = f"95 % of rows have at most {tokens.p95:,} tokens; a few outliers are longer than this{more}"
+    return length + written, why
 
 
 def _round_up(value: float, step: int) -> int:
@@ -139,9 +164,11 @@ def _round_up(value: float, step: int) -> int:
 
 
 def packing(method: str, length: int, tokens: TokenStats | None) -> tuple[bool, str]:
-    """Whether rows share a sequence, each seeing itself alone."""
-    if method != "sft":
-        return False, f"rows of {method} are compared with each other, so each keeps its place"
+    """Whether rows share a sequence, each seeing itself alone; and whether answers share their prompt."""
+    if method in THROUGH_TRL:
+        return False, f"{method} is trained by TRL, which pads its batches"
+    if method in ("dpo", "grpo"):
+        return True, "a prompt is computed once for all its answers, and nothing is spent on padding"
     if tokens is not None and tokens.p50 >= 0.9 * length:
         return False, "rows are about equally long, so there is no padding to save"
     if tokens is None:

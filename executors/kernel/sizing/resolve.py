@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, cast
 
 from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
 from tunesmith.executors.kernel.sizing import advice, defaults, size, time
+from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL, USUAL_SHARE, Rows, written
 from tunesmith.executors.kernel.sizing.size import Kind, Layout, in_gib
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import (
@@ -29,7 +31,6 @@ from tunesmith.orchestrator.nouns import (
 )
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # a micro-batch of more tokens is no faster
-SEQUENCES = {"dpo": 2, "reward": 2}  # sequences that one row makes
 
 
 def unknown_model(ref: ModelRef) -> InputError:
@@ -45,17 +46,18 @@ def unknown_model(ref: ModelRef) -> InputError:
 
 
 def resolve(
-    spec: JobSpec, facts: ModelFacts | None, report: DataReport, device: Device
+    spec: JobSpec, facts: ModelFacts | None, report: DataReport, device: Device, teacher: ModelFacts | None = None
 ) -> tuple[JobSpec, Size, TimeEstimate | None, list[Resolved], list[Finding]]:
     """The spec without any `auto`, what it needs, how long it takes, why each value was chosen, and what to know.
 
     A job that cannot fit is returned all the same, with `Size.fits` False and the error finding `size.does_not_fit`
     saying what would. The time is None where nothing is known of the device's speed, or nothing of the data.
-    Raises InputError("model.unknown") without facts. Cost: some milliseconds, no I/O but /proc/cpuinfo.
+    `teacher` is the model that a distillation learns from. Raises InputError("model.unknown") without facts. Cost:
+    some milliseconds, no I/O but /proc/cpuinfo.
     """
     if facts is None:
         raise unknown_model(spec.model)
-    fitting = _Fitting(spec=spec, facts=facts, report=report, device=device)
+    fitting = _Fitting(spec=spec, facts=facts, report=report, device=device, teacher=teacher)
     fitting.choose()
     layout, micro = fitting.fit()
     chosen = fitting.schedule(layout, micro)
@@ -72,6 +74,7 @@ class _Fitting:
     facts: ModelFacts
     report: DataReport
     device: Device
+    teacher: ModelFacts | None = None
     values: dict[str, Any] = field(default_factory=dict)
     resolved: list[Resolved] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -84,8 +87,8 @@ class _Fitting:
         spec, facts, rows = self.spec, self.facts, defaults.rows_of(self.spec, self.report)
         tokens, full = self.report.tokens, spec.adapter.kind == "none"
         self._set("train.dtype", *defaults.dtype(self.device, full))
-        self._set("train.max_length", *defaults.max_length(facts, tokens))
-        self._set("train.effective_batch", *defaults.effective_batch(rows, spec.train.epochs, spec.train.max_steps))
+        self._set("train.max_length", *defaults.max_length(facts, tokens, written(spec)))
+        self._set("train.effective_batch", *defaults.effective_batch(spec, rows))
         self._set("train.packing", *defaults.packing(spec.method, self.values["train.max_length"], tokens))
         self._set("train.learning_rate", *defaults.learning_rate(facts, spec.method, full))
         rank, why = defaults.rank(rows)
@@ -117,25 +120,32 @@ class _Fitting:
         cap = self.spec.limits.memory_gb
         return min(self.device.memory_bytes, int(cap * size.GIB)) if cap is not None else self.device.memory_bytes
 
-    def tokens_of(self, rows: int) -> tuple[int, int]:
-        """(most tokens in a micro-batch of so many rows, its longest sequence)."""
-        spec, length, known = self.spec, int(self.values["train.max_length"]), self.report.tokens
-        longest = length
+    @property
+    def rows(self) -> Rows:
+        """What the method makes of a row, with the values chosen so far."""
+        known = self.report.tokens
+        share = known.supervised_share if known is not None and known.supervised_share is not None else 0.5
+        length, packing = int(self.values["train.max_length"]), bool(self.values["train.packing"])
+        return Rows(spec=self.spec, length=length, packing=packing, share=share)
+
+    def tokens_of(self, count: int) -> tuple[int, int]:
+        """(most tokens in a micro-batch of `count` rows, its longest sequence)."""
+        rows, known = self.rows, self.report.tokens
+        longest = rows.length
         if known is not None and known.exact:
-            longest = min(length, known.max)
-        if spec.method in ("grpo", "rloo"):
-            longest = length + spec.grpo.max_completion
-        most = SEQUENCES.get(spec.method, 1) * rows * longest
-        if self.values["train.packing"]:  # as many tokens as the rows could have, of those a step has
-            usual = min(length, known.p95) if known is not None else length
-            step = longest + (int(self.values["train.effective_batch"]) - 1) * usual
-            most = min(rows * length, max(step, longest))
+            longest = min(rows.length, known.max + rows.written)
+        most = count * rows.most(longest)
+        if rows.packing and self.spec.method not in THROUGH_TRL:
+            # as many tokens as the rows could have, of those a step has
+            usual = min(rows.length - rows.written, known.p95 if known is not None else rows.length)
+            step = rows.most(longest) + (int(self.values["train.effective_batch"]) - 1) * rows.usual(usual)
+            most = min(count * rows.budget(), max(math.ceil(step), longest))
         return most, longest
 
-    def layout(self, kind: str, rows: int, checkpointing: bool, optimizer: str, **changes: Any) -> Layout:
+    def layout(self, kind: str, count: int, checkpointing: bool, optimizer: str, **changes: Any) -> Layout:
         """What is held with these knobs."""
-        tokens, longest = self.tokens_of(rows)
-        grouped = self.spec.method in ("grpo", "rloo")
+        tokens, longest = self.tokens_of(count)
+        rows, effective = self.rows, int(self.values["train.effective_batch"])
         values: dict[str, Any] = {
             "facts": self.facts,
             "kind": cast(Kind, kind),
@@ -147,9 +157,22 @@ class _Fitting:
             "checkpointing": checkpointing,
             "optimizer": optimizer,
             "device": self.device.kind,
-            "generations": self.spec.grpo.num_generations if grouped else 0,
+            "head": {"sft": "loss", "reward": "none"}.get(self.spec.method, "logps"),
+            "branched": rows.branched(tokens),
+            "looked": rows.looked(tokens),
+            "slots": rows.slots(effective, self.device.kind),
+            "cached": rows.cached(effective, self.device.kind) if rows.written else 0,
+            "copied": self.spec.method == "grpo",
+            "beside": self._beside(kind == "none"),
         }
         return Layout(**{**values, **changes})
+
+    def _beside(self, full: bool) -> int:
+        """Bytes of another model: the teacher, or a frozen copy to compare with where no adapter is switched off."""
+        if self.teacher is not None:
+            return size.BYTES[str(self.values["train.dtype"])] * self.teacher.params
+        compared = self.spec.method == "kto" or (self.spec.method in ("grpo", "rloo") and self.spec.grpo.beta > 0)
+        return 4 * self.facts.params if full and compared else 0
 
     def _dtypes(self) -> list[str]:
         """The type chosen; where that is float32 for want of bfloat16, float16 too, which losses are scaled for."""
@@ -158,20 +181,19 @@ class _Fitting:
         overflows = self.facts.model_type.startswith("gemma")
         return [chosen, "float16"] if free and not overflows else [chosen]
 
-    def _knobs(self) -> Iterator[tuple[str, str, bool]]:
-        """(adapter kind, optimizer, checkpointing) in the order they are tried; the user's values only."""
-        train, adapter, cuda = self.spec.train, self.spec.adapter, self.device.kind == "cuda"
+    def _knobs(self) -> Iterator[tuple[str, str, str, bool]]:
+        """(adapter kind, dtype, optimizer, checkpointing) in the order they are tried; the user's values only."""
+        train, adapter = self.spec.train, self.spec.adapter
         kinds: list[str] = [adapter.kind]
         if adapter.kind == "auto":
-            kinds = ["lora", "qlora"] if cuda and advice.built("adapter.kind", "qlora") else ["lora"]
+            kinds = ["lora", "qlora"] if defaults.no_4bit(self.device) is None else ["lora"]
         flags = [False, True] if train.activation_checkpointing == "auto" else [train.activation_checkpointing]
         for kind in kinds:
             optimizers: list[str] = ["adamw"] if train.optimizer == "auto" else [train.optimizer]
             if train.optimizer == "auto" and kind == "none" and defaults.no_8bit(self.device) is None:
                 optimizers.append("adamw-8bit")
-            for optimizer in optimizers:
-                for flag in flags:
-                    yield kind, optimizer, flag
+            for dtype, optimizer, flag in product(self._dtypes(), optimizers, flags):
+                yield kind, dtype, optimizer, flag
 
     def _rows_at_once(self) -> list[int]:
         """Micro-batches to try, the largest first: those that split the effective batch most evenly."""
@@ -179,18 +201,20 @@ class _Fitting:
         if given != "auto":
             return [given]
         shares = sorted({math.ceil(effective / count) for count in range(1, effective + 1)}, reverse=True)
+        if self.spec.method in THROUGH_TRL:  # TRL weighs micro-batches alike, and KTO compares the rows of one
+            least = min(effective, 2 if self.spec.method == "kto" else 1)
+            shares = [count for count in shares if effective % count == 0 and count >= least]
         most = TOKENS_AT_ONCE[self.device.kind]
-        return [rows for rows in shares if rows == 1 or self.tokens_of(rows)[0] <= most]
+        return [rows for rows in shares if rows == shares[-1] or self.tokens_of(rows)[0] <= most]
 
     def fit(self) -> tuple[Layout, int]:
         """The first knobs that fit with their largest micro-batch; the least that could be tried where none do."""
         last: tuple[Layout, int] | None = None
-        for dtype in self._dtypes():
-            for kind, optimizer, flag in self._knobs():
-                for rows in self._rows_at_once():
-                    last = self.layout(kind, rows, flag, optimizer, dtype=dtype), rows
-                    if size.fits(last[0], self.budget):
-                        return self._settle(*last)
+        for kind, dtype, optimizer, flag in self._knobs():
+            for rows in self._rows_at_once():
+                last = self.layout(kind, rows, flag, optimizer, dtype=dtype), rows
+                if size.fits(last[0], self.budget):
+                    return self._settle(*last)
         if last is None:
             raise AssertionError("there is always something to try")
         return self._settle(*last)
@@ -201,7 +225,7 @@ class _Fitting:
         count = math.ceil(effective / rows)
         reason = {
             "lora": "LoRA trains a small adapter and leaves the model as it is",
-            "qlora": f"in 16 bits the model does not fit into {share}; its weights are held in 4 bits",
+            "qlora": f"in {8 * size.BYTES[layout.dtype]} bits the model does not fit into {share}; its weights are held in 4 bits",
         }
         self._set("adapter.kind", layout.kind, reason.get(layout.kind, ""))
         if layout.dtype != self.values["train.dtype"]:
@@ -225,7 +249,7 @@ class _Fitting:
         effective = int(self.values["train.effective_batch"])
         total = spec.train.max_steps
         if total is None and rows is not None:
-            total = max(1, math.ceil(math.ceil(rows / effective) * spec.train.epochs))
+            total = max(1, math.ceil(math.ceil(rows / effective) * spec.train.epochs)) * self.rows.repeats
         self.time = self._time(layout, micro, total, rows)
         train_seconds = self.time.seconds.expected / total if self.time and total else None
         self._set("train.warmup_steps", *defaults.warmup_steps(total))
@@ -241,30 +265,28 @@ class _Fitting:
             spec, adapter=replace(spec.adapter, **changes["adapter"]), train=replace(spec.train, **changes["train"])
         )
 
-    def _time(self, layout: Layout, micro: int, total: int | None, rows: int | None) -> TimeEstimate | None:
-        known, length = self.report.tokens, int(self.values["train.max_length"])
-        effective, each = int(self.values["train.effective_batch"]), SEQUENCES.get(self.spec.method, 1)
+    def _time(self, layout: Layout, micro: int, total: int | None, count: int | None) -> TimeEstimate | None:
+        known, rows = self.report.tokens, self.rows
+        effective = int(self.values["train.effective_batch"])
         if total is None:
             return None
-        if known is not None and rows is not None:
-            used = max(1, self.report.used_rows or rows)
-            mean = known.total.expected / used
-            scale = total * effective / used
-            tokens = Estimate(
-                low=known.total.low * scale,
-                expected=known.total.expected * scale,
-                high=known.total.high * scale,
-                unit="tokens",
-            )
+        visits = total / rows.repeats * effective  # rows taken up, each time one is
+        if known is not None and count is not None:
+            used = max(1, self.report.used_rows or count)
+            low, mean, high = (value / used for value in (known.total.low, known.total.expected, known.total.high))
         else:  # only the number of steps is known
-            mean = length / 2
-            seen = float(total * effective)
-            tokens = Estimate(low=seen * length / 20, expected=seen * mean, high=seen * length, unit="tokens")
-        generated = 0.0
-        if self.spec.method in ("grpo", "rloo"):
-            generated = float(total * effective * self.spec.grpo.max_completion)
-        share = known.supervised_share if known is not None and known.supervised_share is not None else 0.5
-        evaluations = math.ceil(total / max(1, defaults.eval_steps(total)[0]))
+            length = rows.length - rows.written
+            low, mean, high = length / 20, length / 2, float(length)
+        tokens = Estimate(
+            low=total * effective * rows.trained(low, rows.written / 10),
+            expected=total * effective * rows.trained(mean, rows.written * USUAL_SHARE),
+            high=total * effective * rows.trained(high, rows.written),
+            unit="tokens",
+        )
+        written = rows.written * USUAL_SHARE
+        again = min(1.0, count / visits) if count is not None else 1.0
+        held = (self.report.eval_rows or 0) * (1 + math.ceil(total / max(1, defaults.eval_steps(total)[0])))
+        passes = self._passes(rows, visits / effective, held)
         work = time.Work(
             facts=self.facts,
             adapter=layout.kind != "none",
@@ -273,14 +295,28 @@ class _Fitting:
             checkpointing=layout.checkpointing,
             dtype=layout.dtype,
             tokens=tokens,
-            supervised_share=share,
-            mean=mean * each,
+            supervised_share=rows.scored(),
+            mean=mean + written,
             steps=total,
             micro_batches=total * math.ceil(effective / micro),
-            eval_tokens=evaluations * (self.report.eval_rows or 0) * mean,
-            generated=generated,
+            read=visits * rows.read(mean, written, again=again) + held * (mean if written else rows.trained(mean, 0)),
+            passes=passes,
+            slots=layout.slots,
+            context=mean + written / 2,
+            eager=self.spec.method in THROUGH_TRL,
         )
         return time.estimate(work, self.device)
+
+    def _passes(self, rows: Rows, rounds: float, held: int) -> float:
+        """Forward passes that write one token each: in every round of training, and for the rows held out."""
+        if not rows.written:
+            return 0.0
+        effective = int(self.values["train.effective_batch"])
+        made, slots = effective * rows.answers, rows.slots(effective, self.device.kind)
+        training = max(
+            rows.written, made * rows.written * USUAL_SHARE / slots
+        )  # none is faster than the longest answer
+        return rounds * training + math.ceil(held / effective) * rows.written
 
     def size(self, layout: Layout, micro: int) -> Size:
         """The size of what was chosen; the error finding where it does not fit."""

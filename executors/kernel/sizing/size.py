@@ -41,7 +41,13 @@ class Layout:
     checkpointing: bool = False
     optimizer: str = "adamw"
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    generations: int = 0  # rollouts held at a time (GRPO)
+    head: Literal["loss", "logps", "none"] = "loss"  # what is made of the last states
+    branched: int = 0  # those of `tokens` that are answers to a prompt that stands beside them once
+    looked: int = 0  # keys and values that they see of it
+    slots: int = 0  # answers written at a time
+    cached: int = 0  # tokens whose keys and values are held for that
+    copied: bool = False  # whether what writes has a copy of the adapted layers, the adapter merged in
+    beside: int = 0  # bytes of another model: a teacher, or a reference that cannot be had by switching an adapter off
 
     def but(self, **changes: object) -> Layout:
         """The same with some things changed."""
@@ -121,11 +127,11 @@ def parts(layout: Layout) -> dict[str, int]:
     facts, key, width = layout.facts, _key(layout), BYTES[layout.dtype]
     full = layout.kind == "none"
     trained = trainable(facts, layout.kind, layout.rank, layout.targets)
-    blocks = facts.layers * sum(inputs * outputs for inputs, outputs in facts.linears.values())
-    if facts.experts:
+    narrow = blocks = facts.layers * sum(inputs * outputs for inputs, outputs in facts.linears.values())
+    if facts.experts:  # which are no linear layers, and stay as they are
         blocks += facts.layers * facts.experts * 3 * facts.hidden * facts.intermediate
     if layout.kind == "qlora":
-        weights = round(NF4 * blocks) + width * (facts.params - blocks)
+        weights = round(NF4 * narrow) + width * (facts.params - narrow)
     else:
         weights = (4 if full else width) * facts.params
     saved = saved_per_token(layout)
@@ -133,14 +139,17 @@ def parts(layout: Layout) -> dict[str, int]:
         facts.layers * (4 if full else width) * facts.hidden + saved if layout.checkpointing else facts.layers * saved
     )
     activations = layout.tokens * (kept + beside_per_token(layout))
+    pairs = 2 * facts.kv_heads * facts.head_dim  # a token's key and value in one block
+    forked = layout.looked * pairs
+    if layout.device == "cpu":  # answers are cut out of their batch, to be seen beside their prompt
+        forked += layout.branched * (facts.heads * facts.head_dim + pairs)
+    activations += forked * (4 if layout.device == "cpu" else width) * (1 if layout.checkpointing else facts.layers)
     activations += round(_COPIES.get(key, 0) * blocks / (facts.layers if layout.checkpointing else 1))
     if layout.kind == "qlora":  # one dequantised layer at a time
         activations += width * max(inputs * outputs for inputs, outputs in facts.linears.values())
-    if layout.generations:  # keys and values of the sequences being written
-        activations += 2 * facts.layers * width * facts.kv_heads * facts.head_dim * layout.generations * layout.longest
     elements = min(layout.tokens * facts.vocabulary, max(CHUNK_ELEMENTS[layout.device], 16 * facts.vocabulary))
-    logits = elements * (8 if width == 4 else 12)
-    if full:  # the head's gradient, summed in float32 beside its last share
+    logits = elements * (8 if width == 4 and layout.head == "loss" else 12) * (layout.head != "none")
+    if full and layout.head != "none":  # the head's gradient, summed in float32 beside its last share
         logits += 8 * facts.vocabulary * facts.hidden
     sizes = {
         "weights": weights,
@@ -151,15 +160,33 @@ def parts(layout: Layout) -> dict[str, int]:
         "logits": logits,
     }
     moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
+    if layout.slots:  # what is held while answers are written is gone before they are trained on, but for the copy
+        writing = facts.layers * pairs * width * layout.cached + 10 * facts.vocabulary * layout.slots
+        sizes["rollout"] = max(0, writing - moving) + (width * _copied(layout) if layout.copied else 0)
+    if layout.optimizer == "adamw-8bit" and layout.device == "cpu":  # the largest tensor's moments, back in float32
+        largest = facts.vocabulary * facts.hidden if full else layout.rank * max(map(max, facts.linears.values()))
+        sizes["optimizer"] += max(0, 20 * largest - sizes["activations"] - sizes["logits"])
+    if layout.beside:
+        sizes["beside"] = layout.beside
     sizes["overhead"] = PROCESS[layout.device] + round(SPREAD[layout.device] * moving)
     return sizes
+
+
+def _copied(layout: Layout) -> int:
+    """Parameters that what writes holds a second time: adapted layers, or all where autocast would cast them anew."""
+    facts = layout.facts
+    if layout.kind == "none":
+        blocks = facts.layers * sum(inputs * outputs for inputs, outputs in facts.linears.values())
+        return 0 if layout.dtype == "float32" else blocks + facts.vocabulary * facts.hidden
+    shapes = [facts.linears[name] for name in layout.targets if name in facts.linears]
+    return facts.layers * sum(inputs * outputs for inputs, outputs in shapes)
 
 
 def peak(layout: Layout) -> Estimate:
     """The most bytes held at once: the sum of `parts`, a tenth less or a sixth of the moving parts more."""
     sizes = parts(layout)
     expected = sum(sizes.values())
-    fixed = sizes["weights"] + sizes["adapter"] + sizes["optimizer"]
+    fixed = sizes["weights"] + sizes["adapter"] + sizes["optimizer"] + layout.beside
     moving = expected - fixed
     return Estimate(low=fixed + 0.7 * moving, expected=expected, high=fixed + ceil(1.2 * moving), unit="bytes")
 

@@ -9,59 +9,11 @@ import time
 
 import pytest
 
+from tunesmith.executors.kernel import explain, place
 from tunesmith.executors.kernel import run as runs
 from tunesmith.orchestrator.errors import InputError, JobFailed, StorageError
 from tunesmith.orchestrator.events import Kind, decode
-from tunesmith.orchestrator.nouns import (
-    AdapterSpec,
-    Attempt,
-    DataSource,
-    EvalSpec,
-    JobSpec,
-    Mapping,
-    ModelRef,
-    TrainSpec,
-    plain,
-)
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A folder with a tiny random Llama and a tokenizer of bytes with a chat template."""
-    import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(alphabet)}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words.decoder = decoders.ByteLevel()
-    words.add_special_tokens([AddedToken(name, special=True) for name in ("<|pad|>", "<|im_start|>", "<|im_end|>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|pad|>", eos_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(str(folder))
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-        "max_position_embeddings": 256,
-    }
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(str(folder))
-    return folder
+from tunesmith.orchestrator.nouns import DataSource, EvalSpec, Mapping, ModelRef
 
 
 @pytest.fixture(autouse=True)
@@ -77,61 +29,6 @@ def _small_and_offline(monkeypatch):
     monkeypatch.delenv("TUNESMITH_HOME", raising=False)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def attempt(tmp_path, tiny_model, data):
-    """Writes attempt.json in a home's layout and returns the attempt's folder."""
-
-    def make(number=1, *, train=None, adapter=None, resume_from=None, fingerprint=None, **spec):
-        chosen = {
-            "learning_rate": 1e-2,
-            "warmup_steps": 1,
-            "max_length": 96,
-            "effective_batch": 4,
-            "micro_batch": 2,
-            "packing": True,
-            "dtype": "float32",
-            "optimizer": "adamw",
-            "activation_checkpointing": False,
-            "save_steps": 2,
-            "eval_steps": 3,
-            "max_steps": 6,
-            **(train or {}),
-        }
-        fitted = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ("all-linear",), **(adapter or {})}
-        doc = JobSpec(
-            **{
-                "model": ModelRef(id=str(tiny_model)),
-                "data": (DataSource(source=str(data)),),
-                "eval": EvalSpec(fraction=0.1),
-                "adapter": AdapterSpec(**fitted),
-                "train": TrainSpec(**chosen),
-                **spec,
-            }
-        )
-        folder = tmp_path / "home" / "jobs" / "j-aaaaaa" / "attempts" / str(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        noun = Attempt(
-            job="j-aaaaaa",
-            number=number,
-            spec=doc,
-            plan_hash="p",
-            data_fingerprint=fingerprint,
-            resume_from=resume_from,
-        )
-        (folder / "attempt.json").write_text(json.dumps(plain(noun)))
-        return folder
-
-    return make
 
 
 def events(folder, kind=None):
@@ -216,13 +113,14 @@ def test_only_answers_are_trained(attempt, tiny_model, monkeypatch):
     assert sorted(answers) == sorted(f"It is {2 * n}." for n in range(24))
 
 
-def test_full_weights_come_with_their_tokenizer(attempt):
+def test_full_weights_come_with_their_tokenizer(attempt, tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = attempt(adapter={"kind": "none"})
     assert runs.run(folder) == 0
     whole = folder / "output" / "model"
-    assert AutoTokenizer.from_pretrained(whole).chat_template == CHATML
+    template = AutoTokenizer.from_pretrained(tiny_model).chat_template
+    assert AutoTokenizer.from_pretrained(whole).chat_template == template
     AutoModelForCausalLM.from_pretrained(whole)
     listed = json.loads((folder / "output" / "manifest.json").read_text())["files"]
     assert {"model/model.safetensors", "model/manifest.json", "model/tokenizer.json"} <= set(listed)
@@ -383,25 +281,25 @@ def test_errors_get_their_codes():
     import torch
 
     cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    assert runs.explained(cuda).code == "oom.cuda"
-    assert runs.explained(MemoryError()).code == "oom.host"
+    assert explain.explained(cuda).code == "oom.cuda"
+    assert explain.explained(MemoryError()).code == "oom.host"
     host = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
-    assert runs.explained(host).code == "oom.host"
-    assert isinstance(runs.explained(OSError(28, "No space left on device")), StorageError)
-    assert runs.explained(OSError(30, "Read-only file system")).code == "storage.denied"
-    assert runs.explained(ValueError("x")).code == "internal"
-    assert runs.explained(KeyboardInterrupt()).code == "stopped"
+    assert explain.explained(host).code == "oom.host"
+    assert isinstance(explain.explained(OSError(28, "No space left on device")), StorageError)
+    assert explain.explained(OSError(30, "Read-only file system")).code == "storage.denied"
+    assert explain.explained(ValueError("x")).code == "internal"
+    assert explain.explained(KeyboardInterrupt()).code == "stopped"
     known = InputError("x", code="y")
-    assert runs.explained(known) is known
-    assert isinstance(runs.explained(cuda), JobFailed)
+    assert explain.explained(known) is known
+    assert isinstance(explain.explained(cuda), JobFailed)
 
 
 def test_the_home_of_an_attempt(tmp_path, monkeypatch):
     folder = tmp_path / "home" / "jobs" / "j-aaaaaa" / "attempts" / "1"
-    assert runs.home_of(folder) == tmp_path / "home"
-    assert runs.home_of(tmp_path / "elsewhere") == tmp_path / "elsewhere"
+    assert place.home_of(folder) == tmp_path / "home"
+    assert place.home_of(tmp_path / "elsewhere") == tmp_path / "elsewhere"
     monkeypatch.setenv("TUNESMITH_HOME", "/other")
-    assert str(runs.home_of(folder)) == "/other"
+    assert str(place.home_of(folder)) == "/other"
 
 
 @pytest.mark.slow

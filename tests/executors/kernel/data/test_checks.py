@@ -6,31 +6,36 @@ import pytest
 
 from tunesmith.executors.kernel.data import check
 from tunesmith.orchestrator.errors import InputError
-from tunesmith.orchestrator.nouns import DataSource, Mapping
+from tunesmith.orchestrator.nouns import METHODS, DataSource, Mapping
 
-NONE = dict.fromkeys(("sft", "dpo", "grpo", "kto"), False)
-SFT_AND_GRPO = {"sft": True, "dpo": False, "grpo": True, "kto": False}
+
+def ready(*methods):
+    return {method: method in methods for method in METHODS}
+
+
+NONE = ready()
+ANSWERS = ready("sft", "grpo", "rloo", "distill")
 GOLDEN = {
-    "gsm8k_train.jsonl": ("question-answer", 7473, SFT_AND_GRPO, {}),
-    "gsm8k_test.jsonl": ("question-answer", 1319, SFT_AND_GRPO, {}),
-    "alpaca_en_demo.json": ("alpaca", 999, SFT_AND_GRPO, {"data.duplicates": 14}),
-    "identity.json": ("alpaca", 91, SFT_AND_GRPO, {"data.placeholders": 85}),
+    "gsm8k_train.jsonl": ("question-answer", 7473, ANSWERS, {}),
+    "gsm8k_test.jsonl": ("question-answer", 1319, ANSWERS, {}),
+    "alpaca_en_demo.json": ("alpaca", 999, ANSWERS, {"data.duplicates": 14}),
+    "identity.json": ("alpaca", 91, ANSWERS, {"data.placeholders": 85}),
     "dpo_en_demo.json": (
         "preference",
         299,
-        {"sft": False, "dpo": True, "grpo": False, "kto": False},
+        ready("dpo", "reward"),
         {"data.duplicates": 5, "data.control_characters": 1},
     ),
     "kto_en_demo.json": (
         "unpaired",
         300,
-        {"sft": True, "dpo": False, "grpo": True, "kto": True},
+        ready("sft", "grpo", "kto", "rloo", "distill"),
         {"data.placeholders": 2, "data.template_tokens": 2, "data.label_ignored": None},
     ),
     "peft_metamathqa_l40s.json": (
         None,
         9,
-        dict.fromkeys(("sft", "dpo", "grpo", "kto"), False),
+        NONE,
         {"data.wrong_columns": None},
     ),
 }
@@ -48,9 +53,9 @@ def codes(document):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_real_files(real, name):
-    form, rows, ready, problems = GOLDEN[name]
+    form, rows, verdicts, problems = GOLDEN[name]
     document = look(real / name)
-    assert (document["format"], document["rows"], document["ready"]) == (form, rows, ready)
+    assert (document["format"], document["rows"], document["ready"]) == (form, rows, verdicts)
     assert set(codes(document)) == set(problems)
     for item in document["problems"]:
         if problems[item["code"]] is not None:
@@ -59,7 +64,7 @@ def test_real_files(real, name):
     assert len(document["preview"]) == (0 if form is None else 3)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "grpo", "kto"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_real_files_for_each_method(real, name, method):
     document = look(real / name, method=method)
@@ -68,7 +73,7 @@ def test_real_files_for_each_method(real, name, method):
     if document["ready"][method]:
         assert document["used_rows"] == document["rows"]
         assert ("data.label_ignored" in codes(document)) == (name == "kto_en_demo.json" and method == "sft")
-        assert ("data.no_answers" in codes(document)) == (name == "kto_en_demo.json" and method == "grpo")
+        assert ("data.no_answers" in codes(document)) == (name == "kto_en_demo.json" and method in ("grpo", "rloo"))
     else:
         assert document["problems"][0]["level"] == "error"
         assert document["problems"][0]["fix"]
@@ -100,7 +105,7 @@ def test_a_mapping_of_the_spec_decides(write):
     path = write("r.jsonl", [{"q": "a", "r": "b"}])
     mapping = Mapping(kind="prompt-completion", columns={"prompt": "q", "completion": "r"})
     document = check([DataSource(source=path, mapping=mapping)])
-    assert document["ready"] == {"sft": True, "dpo": False, "grpo": False, "kto": False}
+    assert document["ready"] == ready("sft")
     assert not any(look(path)["ready"].values())
 
 

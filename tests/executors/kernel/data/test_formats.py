@@ -3,7 +3,7 @@
 import pytest
 
 from tunesmith.executors.kernel.data import detect, understand
-from tunesmith.executors.kernel.data.formats import truth
+from tunesmith.executors.kernel.data.formats import KINDS_FOR, truth
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import Mapping
 
@@ -196,10 +196,24 @@ def test_a_mapping_of_the_spec_is_kept_and_checked():
 
 def test_a_kind_alone_is_completed():
     rows = [{"messages": [USER, ANSWER], "label": True}]
-    assert understand(rows, Mapping(kind="unpaired"))[1].columns == {"messages": "messages", "label": "label"}
+    unpaired = understand(rows, Mapping(kind="unpaired"), method="kto")[1]
+    assert unpaired.columns == {"messages": "messages", "label": "label"}
     assert understand(rows, Mapping(kind="messages", roles={"visitor": "user"}))[1].roles == {"visitor": "user"}
     with pytest.raises(InputError):
-        understand(rows, Mapping(kind="preference"))
+        understand(rows, Mapping(kind="preference"), method="dpo")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("sft", "preference"), ("dpo", "messages"), ("grpo", "prompt-completion"), ("kto", "preference"),
+     ("reward", "unpaired"), ("distill", "text")],
+)  # fmt: skip
+def test_a_kind_that_does_not_serve_the_method_is_refused(method, kind):
+    rows = [{"prompt": "q", "completion": "a", "chosen": "a", "rejected": "b", "text": "t", "label": True}]
+    with pytest.raises(InputError, match=f"does not serve {method}") as caught:
+        understand(rows, Mapping(kind=kind), method=method)
+    assert (caught.value.code, caught.value.where) == ("data.mapping", "mapping.kind")
+    assert KINDS_FOR[method][0] in caught.value.fix
 
 
 def test_a_template_names_columns():

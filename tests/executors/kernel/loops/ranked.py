@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import peft  # noqa: F401  (the loops import it late)
@@ -26,12 +27,14 @@ from tunesmith.executors.kernel.loops import ranks as meeting
 from tunesmith.executors.kernel.loops.dpo import Dpo
 from tunesmith.executors.kernel.loops.engine import Engine
 from tunesmith.executors.kernel.loops.forks import Tree
+from tunesmith.executors.kernel.loops.grpo import Grpo, Judge
+from tunesmith.executors.kernel.loops.rollout import Rollout
 from tunesmith.executors.kernel.loops.sft import Sft
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.executors.kernel.silent import Silent
 from tunesmith.orchestrator.errors import JobFailed, TunesmithError
 from tunesmith.orchestrator.events import Kind, decode
-from tunesmith.orchestrator.nouns import AdapterSpec, DataSource, JobSpec, ModelRef, TrainSpec
+from tunesmith.orchestrator.nouns import AdapterSpec, DataSource, GrpoSpec, JobSpec, ModelRef, TrainSpec
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -108,84 +111,125 @@ def killed(seat, folder):
     ranks.sum_([torch.ones(3)])
 
 
-def train(seat, folder, adapter, settings, rows, held=(), stop=None, resume=None, kill=None, spare=False, pairs=False):
-    """A run of the engine on a tiny model. `stop` and `kill` are steps after which rank 0 gets TERM or rank 1 dies."""
-    spec = JobSpec(
+def resolved(adapter, settings, grpo):
+    """A spec of a tiny model."""
+    usual = {
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "max_length": 64,
+        "dtype": "float32",
+        "optimizer": "adamw",
+        "activation_checkpointing": False,
+        "save_steps": 1000,
+        "eval_steps": 1000,
+    }
+    return JobSpec(
         model=ModelRef(id="tiny"),
         data=(DataSource(source="rows.jsonl"),),
         adapter=AdapterSpec(**adapter),
-        train=TrainSpec(
-            **{
-                "learning_rate": 1e-2,
-                "warmup_steps": 2,
-                "max_length": 64,
-                "dtype": "float32",
-                "optimizer": "adamw",
-                "activation_checkpointing": False,
-                "save_steps": 1000,
-                "eval_steps": 1000,
-                **settings,
-            }
-        ),
+        train=TrainSpec(**{**usual, **settings}),
+        grpo=GrpoSpec(**grpo),
     )
+
+
+def made(method, net, spec, rows, ranks, reporter, control):
+    """A method over rows given as plain data."""
+    train = spec.train
+    sizes = {"micro_batch": train.micro_batch, "max_length": 64, "packing": train.packing, "pad_id": 0, "ranks": ranks}
+    if method == "sft":
+        return Sft(net, [Row(**row) for row in rows], **sizes)
+    if method == "dpo":
+        return Dpo(net, [Tree(row["row"], row["prompt"], row["answers"]) for row in rows], spec.dpo, **sizes)
+    rollout = Rollout(net, stops=frozenset({2}), max_completion=8, temperature=1.0, slots=16)
+    judge = Judge(lambda ids: " ".join(map(str, ids)), Evens())
+    asked = [Asked(row["row"], row["ids"]) for row in rows]
+    voice = {"reporter": reporter, "seed": train.seed, "stopped": control.stop}
+    return Grpo(net, asked, spec.grpo, rollout=rollout, judge=judge, **voice, **sizes)
+
+
+def train(seat, folder, adapter, settings, rows, held=(), method="sft", grpo=(), resume=None, spare=False, deeds=()):
+    """A run of the engine on a tiny model.
+
+    `deeds` are steps: after `stop` rank 0 gets TERM, in the rollout after `torn` as well, after `kill` rank 1 dies.
+    """
+    deeds = dict(deeds)
+    spec = resolved(adapter, settings, dict(grpo))
     torch.manual_seed(7)
     net = models.ready(LlamaForCausalLM(LlamaConfig(**SHAPE)), spec, CPU)
     if spare:
         net.outer.register_parameter("spare", torch.nn.Parameter(torch.ones(3, 3)))
+    reporter = (Silent if seat.rank else Reporter)(folder, 1)
+    control = Control(Path(os.devnull) if seat.rank else folder / "control")
     ranks = together(seat, folder)
     ranks.same("weights", meeting.fingerprint([item for _, item in net.trainable()]))
-
-    sizes = {"micro_batch": spec.train.micro_batch, "max_length": 64, "packing": spec.train.packing}
-
-    def method(chosen):
-        if pairs:
-            trees = [Tree(row["row"], row["prompt"], row["answers"]) for row in chosen]
-            return Dpo(net, trees, spec.dpo, pad_id=0, ranks=ranks, **sizes)
-        return Sft(net, [Row(**row) for row in chosen], pad_id=0, ranks=ranks, **sizes)
-
-    reporter = (Silent if seat.rank else Reporter)(folder, 1)
     engine = Engine(
         net,
-        method(rows),
+        made(method, net, spec, rows, ranks, reporter, control),
         spec.train,
         reporter=reporter,
-        control=Control(Path(os.devnull) if seat.rank else folder / "control"),
+        control=control,
         checkpoints=folder / "checkpoints",
         facts={"attempt": 1, "spec_hash": "0"},
-        evaluation=method(held),
+        evaluation=made(method, net, spec, held, ranks, reporter, control),
         ranks=ranks,
     )
     if resume is not None:
         engine.resume(checkpoint.newest_verified(Path(resume) / "checkpoints").path)
-    usual = engine._step
 
-    def stepping():
+    def do(deed, rank, number):
+        if deeds.get(deed) == engine.cursor.step and seat.rank == rank:
+            os.kill(os.getpid(), number)
+
+    def stepping(usual):
         usual()
-        if engine.cursor.step == stop and seat.rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if engine.cursor.step == kill and seat.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+        do("stop", 0, signal.SIGTERM)
+        do("kill", 1, signal.SIGKILL)
 
-    engine._step = stepping
-    with reporter, engine.control.listening():
+    def generating(usual, *args, **more):
+        do("torn", 0, signal.SIGTERM)
+        return usual(*args, **more)
+
+    engine._step = partial(stepping, engine._step)
+    if method == "grpo":
+        engine.method.rollout.generate = partial(generating, engine.method.rollout.generate)
+    with reporter, control.listening():
         outcome = engine.run()
-    ranks.leave()
-    save_file(
-        {name: item.detach().contiguous() for name, item in net.trainable()},
-        folder / f"weights-{seat.rank}.safetensors",
-    )
-    return {
-        "ended": outcome.ended,
-        "step": outcome.step,
-        "best": outcome.best_step,
-        "ledger": outcome.ledger,
-        "metrics": [] if seat.rank else metrics(folder),
-    }
+    if "torn" not in deeds:
+        ranks.leave()
+    weights = {name: item.detach().contiguous() for name, item in net.trainable()}
+    save_file(weights, folder / f"weights-{seat.rank}.safetensors")
+    found = {"ended": outcome.ended, "step": outcome.step, "best": outcome.best_step, "ledger": outcome.ledger}
+    return found | {"metrics": [] if seat.rank else metrics(folder)}
 
 
 def metrics(folder):
     events = map(decode, (folder / "events.jsonl").read_bytes().splitlines())
     return [[event.step, dict(event.values)] for event in events if event is not None and event.kind is Kind.METRIC]
+
+
+class Asked:
+    """A prompt without columns."""
+
+    def __init__(self, row, ids):
+        self.row, self.ids, self.prompt, self.columns = row, ids, str(row), {}
+
+
+class Evens:
+    """A reward: the share of even tokens. It cannot be asked about nothing."""
+
+    names = ("evens",)
+
+    def score(self, prompts, completions, completion_ids, columns, step):
+        assert completions
+        values = [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+        return Earned([[value] for value in values], values)
+
+
+class Earned:
+    """What answers earned."""
+
+    def __init__(self, values, totals):
+        self.values, self.totals = values, totals
 
 
 class Row:

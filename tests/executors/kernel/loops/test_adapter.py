@@ -113,12 +113,6 @@ def test_targets(make_model):
     assert "q_proj" in caught.value.fix
 
 
-def test_a_quantised_base_is_refused_in_words(make_net, make_spec):
-    with pytest.raises(InputError) as caught:
-        make_net(make_spec(adapter={"kind": "qlora"}))
-    assert caught.value.code == "adapter.qlora"
-
-
 def test_first_values_depend_on_the_seed_alone(make_net, make_spec):
     def first(seed):
         net = make_net(make_spec(seed=seed))

@@ -99,6 +99,26 @@ def test_what_ranks_say_to_each_other(world, forks, tmp_path):
         assert all(torch.equal(first[name], sums[name]) for name in first)
 
 
+LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["all-linear"]}
+
+
+def settings(**more):
+    return {"effective_batch": 4, "micro_batch": 2, "packing": False, "max_steps": 6, **more}
+
+
+@pytest.fixture
+def asked(rows):
+    """A GRPO run over nine prompts."""
+
+    def make(iterations, **more):
+        prompts = [{"row": row["row"], "ids": row["ids"][:5]} for row in rows(9)]
+        grpo = {"num_generations": 4, "num_iterations": iterations, "beta": 0.1}
+        told = {"adapter": LORA, "settings": settings(**more), "rows": prompts, "held": prompts[:3]}
+        return {**told, "method": "grpo", "grpo": grpo}
+
+    return make
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_an_error_and_no_wait(forks, tmp_path):
     codes, found = forks.run("killed", 2, tmp_path)
@@ -113,16 +133,11 @@ def test_a_rank_that_says_nothing_is_an_error_in_time(forks, tmp_path):
     assert found[0]["error"]["code"] == "ranks.lost"
 
 
-LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ["all-linear"]}
 RUNS = {
     "lora": ({}, LORA),
     "lora, packed, with dropout": ({"packing": True, "micro_batch": 1}, {**LORA, "dropout": 0.2}),
     "full": ({"weight_decay": 0.1}, {"kind": "none"}),
 }
-
-
-def settings(**more):
-    return {"effective_batch": 4, "micro_batch": 2, "packing": False, "max_steps": 6, **more}
 
 
 def series(found, key):
@@ -172,7 +187,7 @@ def test_two_ranks_learn_preferences_as_one_does(packing, forks, rows, tmp_path)
         {"row": row["row"], "prompt": row["ids"][:3], "answers": [row["ids"][3:], row["ids"][:1:-2]]}
         for row in rows(10)
     ]
-    order = {"adapter": LORA, "settings": settings(packing=packing, micro_batch=1), "rows": pairs, "pairs": True}
+    order = {"adapter": LORA, "settings": settings(packing=packing, micro_batch=1), "rows": pairs, "method": "dpo"}
     _, alone = forks.run("train", 1, tmp_path / "alone", **order)
     codes, both = forks.run("train", 2, tmp_path / "both", **order)
     assert codes == [0, 0]
@@ -192,6 +207,39 @@ def test_two_ranks_learn_preferences_as_one_does(packing, forks, rows, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_two_ranks_write_and_learn_as_one_does(iterations, forks, asked, tmp_path):
+    """Nine prompts in steps of four: in the last step of an epoch there is none for rank 1 to answer."""
+    order = asked(iterations, max_steps=3 * iterations, eval_steps=3, max_grad_norm=0.0)
+    _, alone = forks.run("train", 1, tmp_path / "alone", **order)
+    codes, both = forks.run("train", 2, tmp_path / "both", **order)
+    assert codes == [0, 0]
+    assert both[0]["ledger"] == both[1]["ledger"] == alone[0]["ledger"]
+    for key in ("train/loss", "train/reward", "train/reward_std", "train/kl", "eval/reward"):
+        one, two = series(alone, key), series(both, key)
+        assert len(one) > 1, key
+        assert two == pytest.approx(one, abs=1e-5, rel=1e-5), key
+    assert series(both, "train/kl")[3 * iterations] > 0
+    assert furthest(weights(tmp_path / "alone"), weights(tmp_path / "both")) <= 1e-6
+    assert furthest(weights(tmp_path / "both", 0), weights(tmp_path / "both", 1)) == 0
+
+
+@pytest.mark.slow
+def test_a_stop_in_a_rollout_waits_for_no_other_rank(forks, asked, tmp_path):
+    """Rank 0 breaks off and saves the step before; the other, which still writes, is none of its concern."""
+    order = asked(1, max_steps=4)
+    _, whole = forks.run("train", 2, tmp_path / "whole", **order)
+    codes, cut = forks.run("train", 2, tmp_path / "cut", deeds={"torn": 2}, **order)
+    assert codes == [0, 0]
+    assert (cut[0]["ended"], cut[0]["step"]) == ("stopped", 2)
+    assert cut[1]["error"]["code"] == "ranks.lost"
+    codes, rest = forks.run("train", 2, tmp_path / "rest", resume=str(tmp_path / "cut"), **order)
+    assert codes == [0, 0]
+    assert {**series(cut, "train/loss"), **series(rest, "train/loss")} == series(whole, "train/loss")
+    assert furthest(weights(tmp_path / "whole"), weights(tmp_path / "rest")) == 0
+
+
+@pytest.mark.slow
 def test_early_stopping_is_the_same_for_every_rank(forks, rows, tmp_path):
     change = {"epochs": 60, "max_steps": None, "learning_rate": 0.05, "eval_steps": 2, "early_stopping": 2}
     order = {"adapter": LORA, "settings": settings(scheduler="constant", **change), "rows": rows(8), "held": rows(6, 3)}
@@ -207,7 +255,7 @@ def test_early_stopping_is_the_same_for_every_rank(forks, rows, tmp_path):
 def test_a_stop_ends_all_at_one_step_and_any_number_goes_on(forks, rows, tmp_path):
     order = {"adapter": LORA, "settings": settings(), "rows": rows(10)}
     _, whole = forks.run("train", 2, tmp_path / "whole", **order)
-    codes, cut = forks.run("train", 2, tmp_path / "cut", stop=3, **order)
+    codes, cut = forks.run("train", 2, tmp_path / "cut", deeds={"stop": 3}, **order)
     assert codes == [0, 0]
     assert [(one["ended"], one["step"]) for one in cut] == [("stopped", 3)] * 2
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -229,7 +277,7 @@ def test_a_stop_ends_all_at_one_step_and_any_number_goes_on(forks, rows, tmp_pat
 @pytest.mark.slow
 def test_a_rank_killed_in_training_ends_the_run_and_its_checkpoints_stay(forks, rows, tmp_path):
     order = {"adapter": LORA, "settings": settings(save_steps=2), "rows": rows(10)}
-    codes, found = forks.run("train", 2, tmp_path, kill=3, **order)
+    codes, found = forks.run("train", 2, tmp_path, deeds={"kill": 3}, **order)
     assert codes == [0, -signal.SIGKILL]
     assert found[0]["error"]["code"] == "ranks.lost"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

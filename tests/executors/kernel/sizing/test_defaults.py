@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.executors.kernel.catalogue import find
 from tunesmith.executors.kernel.sizing import defaults
-from tunesmith.orchestrator.nouns import DataSource
+from tunesmith.orchestrator.nouns import DataSource, GrpoSpec, TrainSpec
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,13 @@ def test_the_learning_rate_follows_the_rule(model, full, rate):
     assert defaults.learning_rate(find(model), "sft", full)[0] == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo", "kto", "rloo"])
-def test_other_methods_take_smaller_steps(method):
-    assert defaults.learning_rate(find("qwen3-0.6b"), method, False)[0] == 1e-5
-    assert defaults.learning_rate(find("qwen3-0.6b"), method, True)[0] == 1e-6
+@pytest.mark.parametrize(
+    "method, full", [("dpo", 1e-6), ("grpo", 1e-6), ("kto", 1e-6), ("rloo", 1e-6), ("distill", 1e-6), ("reward", 1e-5)]
+)
+def test_other_methods_take_smaller_steps(method, full):
+    """TRL's defaults for full training, and ten times that for an adapter."""
+    assert defaults.learning_rate(find("qwen3-0.6b"), method, True)[0] == full
+    assert defaults.learning_rate(find("qwen3-0.6b"), method, False)[0] == pytest.approx(10 * full, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +39,19 @@ def test_other_methods_take_smaller_steps(method):
     [(7473, 1, None, 64), (1000, 1, None, 8), (1000, 3, None, 16), (200, 1, None, 4), (200, 1, 20, 8), (3, 1, None, 3),
      (100_000, 1, 50, 64), (None, 1, None, 16)],
 )  # fmt: skip
-def test_the_effective_batch(rows, epochs, steps, size):
-    assert defaults.effective_batch(rows, epochs, steps)[0] == size
+def test_the_effective_batch(make, rows, epochs, steps, size):
+    spec = make.spec(train=TrainSpec(epochs=float(epochs), max_steps=steps))
+    assert defaults.effective_batch(spec, rows)[0] == size
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+@pytest.mark.parametrize("answers, rows, prompts", [(8, 7473, 8), (8, None, 8), (16, 500, 4), (6, 500, 8), (128, 9, 1),
+                                                    (2, 500, 32), (8, 3, 3)])  # fmt: skip
+def test_a_step_has_some_64_answers(make, method, answers, rows, prompts):
+    spec = make.spec(method=method, grpo=GrpoSpec(num_generations=answers))
+    size, why = defaults.effective_batch(spec, rows)
+    assert size == prompts
+    assert f"{size * answers} answers" in why
 
 
 def test_the_rank_grows_with_the_data():
@@ -53,10 +67,21 @@ def test_the_length_covers_every_row_but_outliers(make):
     assert defaults.max_length(find("TinyLlama/TinyLlama-1.1B-Chat-v1.0"), None)[0] == 2048
 
 
+def test_the_length_has_room_for_what_is_written(make):
+    facts, report = find("qwen3-0.6b"), make.report(most=600)
+    assert defaults.max_length(facts, report.tokens, 256)[0] == 640 + 256
+    assert defaults.max_length(facts, None, 256)[0] == 2048 + 256
+    whole = make.report(p95=90_000, most=90_000).tokens
+    assert defaults.max_length(facts, whole, 512)[0] == facts.context
+    assert "512 are written" in defaults.max_length(facts, whole, 512)[1]
+
+
 def test_packing_where_it_saves_something(make):
     assert defaults.packing("sft", 640, make.report().tokens)[0] is True
     assert defaults.packing("sft", 640, make.report(p50=630).tokens)[0] is False
-    assert defaults.packing("dpo", 640, make.report().tokens)[0] is False
+    assert defaults.packing("dpo", 640, make.report(p50=630).tokens)[0] is True
+    assert defaults.packing("grpo", 640, None)[0] is True
+    assert not any(defaults.packing(method, 640, None)[0] for method in ("kto", "rloo", "reward", "distill"))
     assert defaults.packing("sft", 640, None)[0] is True
 
 

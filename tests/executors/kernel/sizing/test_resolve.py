@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tunesmith.executors.kernel.sizing.size import GIB
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import (
     AdapterSpec,
+    Device,
     DpoSpec,
     EvalSpec,
     GrpoSpec,
@@ -167,18 +169,40 @@ def test_a_memory_cap_is_kept(make):
     assert findings[0].where == "limits.memory_gb"
 
 
-@pytest.mark.parametrize("adapter, train, code", [
-    (AdapterSpec(kind="qlora"), TrainSpec(), "adapter.unavailable"),
-])  # fmt: skip
-def test_what_the_kernel_cannot_do_yet_is_an_error_before_the_run(make, adapter, train, code):
-    *_, findings = resolve(make.spec(adapter=adapter, train=train), find("qwen3-0.6b"), make.report(), make.gpu("h100"))
-    assert codes(findings, "error") == {code}
+def test_a_base_in_4_bits_needs_its_package_and_a_device_it_knows(make, monkeypatch):
+    task = make.spec(adapter=AdapterSpec(kind="qlora"))
+    mac = Device(backend="elsewhere", hardware="Apple M4", kind="mps", memory_bytes=64 * GIB)
+    *_, findings = resolve(task, find("qwen3-0.6b"), make.report(), mac)
+    assert codes(findings, "error") == {"adapter.unavailable"}
+    for device in (make.gpu("h100"), make.cpu(64)):
+        spec, size, *_, findings = resolve(task, find("qwen3-0.6b"), make.report(), device)
+        assert codes(findings, "error") == set()
+        assert (spec.adapter.kind, size.quantization) == ("qlora", "nf4")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    *_, findings = resolve(task, find("qwen3-0.6b"), make.report(), make.gpu("h100"))
+    assert codes(findings, "error") == {"adapter.unavailable"}
+    assert "bitsandbytes" in findings[0].message
 
 
-def test_the_8bit_optimizer_needs_a_gpu_and_its_package(make):
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_a_base_in_4_bits_is_taken_where_nothing_else_fits(make, where):
+    device = make.gpu("h100", 12) if where == "cuda" else make.cpu(16)
+    spec, size, _, resolved, findings = resolve(make.spec(), find("llama-3.1-8b"), make.report(), device)
+    assert size.fits
+    assert (spec.adapter.kind, size.quantization) == ("qlora", "nf4")
+    assert "4 bits" in next(item.why for item in resolved if item.key == "adapter.kind")
+    kept = make.spec(adapter=AdapterSpec(kind="lora"))
+    *_, findings = resolve(kept, find("llama-3.1-8b"), make.report(), device)
+    assert "adapter.kind=qlora" in next(item.fix for item in findings if item.code == "size.does_not_fit")
+
+
+def test_the_8bit_optimizer_needs_a_device_it_knows(make):
     task = make.spec(adapter=AdapterSpec(kind="none"), train=TrainSpec(optimizer="adamw-8bit"))
-    *_, findings = resolve(task, find("smollm2-135m"), make.report(), make.cpu())
+    mac = Device(backend="elsewhere", hardware="Apple M4", kind="mps", memory_bytes=64 * GIB)
+    *_, findings = resolve(task, find("smollm2-135m"), make.report(), mac)
     assert codes(findings, "error") == {"train.unavailable"}
+    *_, findings = resolve(task, find("smollm2-135m"), make.report(), make.cpu())
+    assert codes(findings, "error") == set()
     remote = replace(make.gpu("h100"), backend="hf-jobs")
     _, size, _, _, findings = resolve(task, find("smollm2-135m"), make.report(), remote)
     assert codes(findings) == set()

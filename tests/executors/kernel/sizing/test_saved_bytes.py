@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from tunesmith.executors.kernel.catalogue import ModelFacts, from_config
+from tunesmith.executors.kernel.sizing.rows import Rows
 from tunesmith.executors.kernel.sizing.size import Layout, parts, saved_per_token
-from tunesmith.orchestrator.nouns import AdapterSpec, DataSource, JobSpec, ModelRef, TrainSpec
+from tunesmith.orchestrator.nouns import AdapterSpec, DataSource, GrpoSpec, JobSpec, ModelRef, TrainSpec
 
 pytestmark = pytest.mark.slow
 
@@ -96,19 +97,9 @@ def test_the_formula_counts_what_autograd_keeps(model_type, kind, dtype, shape):
     assert exact or saved_per_token(layout) >= 0.99 * counted
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["lora", "none"])
-def test_the_peak_of_a_step_is_foretold(kind, dtype, checkpointing):
-    """Live bytes of c10's allocator over a forward and backward pass, against the moving parts of the formula."""
+def peak_of(step):
+    """The most bytes that c10's allocator had given out at a time while a step was taken, beyond those before it."""
     from torch.profiler import ProfilerActivity, profile
-
-    tokens = 1024
-    trained, facts, rank = net("llama", "usual", kind, dtype, layers=6, checkpointing=checkpointing)
-    work = batch(tokens)
-
-    def step():
-        trained.summed_loss(work).backward()
 
     step()  # gradients are there from now on, as after the first micro-batch
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -118,9 +109,96 @@ def test_the_peak_of_a_step_is_foretold(kind, dtype, checkpointing):
         if event.name() == "[memory]":
             live += event.nbytes()
             most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_the_peak_of_a_step_is_foretold(kind, dtype, checkpointing):
+    """Live bytes over a forward and backward pass, against the moving parts of the formula."""
+    tokens = 1024
+    trained, facts, rank = net("llama", "usual", kind, dtype, layers=6, checkpointing=checkpointing)
+    work = batch(tokens)
+    most = peak_of(lambda: trained.summed_loss(work).backward())
     layout = Layout(
         facts=facts, kind=kind, rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=tokens,
         longest=tokens // 4, checkpointing=checkpointing,
     )  # fmt: skip
     foretold = parts(layout)["activations"]
     assert foretold == pytest.approx(most, rel=0.08)
+
+
+@pytest.mark.parametrize("prompt, answer", [(96, 32), (32, 96)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_a_step_over_pairs_is_foretold(dtype, checkpointing, prompt, answer):
+    """The same for DPO, whose answers share their prompt and are cut out of the batch to look at it."""
+    from tunesmith.executors.kernel.loops.dpo import Dpo
+    from tunesmith.executors.kernel.loops.forks import Tree
+    from tunesmith.executors.kernel.loops.method import Turn
+
+    trained, facts, rank = net("llama", "usual", "lora", dtype, layers=6, checkpointing=checkpointing)
+    trees = [Tree(number, [1] * prompt, ([2] * answer, [3] * answer)) for number in range(4)]
+    length = prompt + answer
+    spec = JobSpec(model=ModelRef(id="me/mine"), data=(DataSource(source="none"),), method="dpo")
+    method = Dpo(trained, trees, spec.dpo, micro_batch=4, max_length=length, packing=True, pad_id=0)
+    (work,) = method.batches(range(4), Turn(0, 0))
+    most = peak_of(lambda: method.loss(work).backward())
+    tokens = 4 * (prompt + 2 * (answer - 1))
+    assert work.ids.numel() == tokens
+    rows = Rows(spec=spec, length=length, packing=True, share=answer / length)
+    assert tokens <= 4 * rows.budget()
+    layout = Layout(
+        facts=facts, kind="lora", rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=tokens, longest=length,
+        checkpointing=checkpointing, head="logps", branched=tokens - 4 * prompt, looked=2 * 4 * prompt,
+    )  # fmt: skip
+    assert parts(layout)["activations"] == pytest.approx(most, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_a_step_over_groups_is_foretold(dtype):
+    """The same for GRPO's training pass: one prompt, eight answers."""
+    from tunesmith.executors.kernel.loops.forks import Tree, forked
+
+    trained, facts, rank = net("llama", "usual", "lora", dtype, layers=6)
+    prompt, answer = 64, 48
+    (work,) = forked([Tree(0, [1] * prompt, ([2] * answer,) * 8), Tree(1, [1] * prompt, ([2] * answer,) * 8)], 4096)
+    most = peak_of(lambda: trained.token_logps(work)[0].sum().backward())
+    tokens = 2 * (prompt + 8 * (answer - 1))
+    assert work.ids.numel() == tokens
+    layout = Layout(
+        facts=facts, kind="lora", rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=tokens,
+        longest=prompt + answer, head="logps", branched=tokens - 2 * prompt, looked=8 * 2 * prompt,
+    )  # fmt: skip
+    assert parts(layout)["activations"] == pytest.approx(most, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_what_a_rollout_holds_is_foretold(kind, dtype):
+    """Its copy of the weights to the byte, and what it holds while it writes."""
+    from tunesmith.executors.kernel.loops.rollout import Ask, Rollout
+
+    trained, facts, rank = net("llama", "usual", kind, dtype, layers=6, vocabulary=2048)
+    prompt, answer, answers, prompts = 60, 64, 8, 4
+    rollout = Rollout(
+        trained, stops=frozenset(), max_completion=answer, temperature=1.0, slots=answers * prompts
+    )  # fmt: skip
+    asks = [Ask(number, [1] * prompt, range(answers)) for number in range(prompts)]
+    most = peak_of(lambda: rollout.generate(asks, key="1:0"))
+    spec = JobSpec(
+        model=ModelRef(id="me/mine"), data=(DataSource(source="none"),), method="grpo",
+        grpo=GrpoSpec(num_generations=answers, max_completion=answer),
+    )  # fmt: skip
+    rows = Rows(spec=spec, length=prompt + answer, packing=True, share=0.5)
+    layout = Layout(
+        facts=facts, kind=kind, rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=1, longest=8,
+        slots=rows.slots(prompts, "cpu"), cached=rows.cached(prompts, "cpu"),
+    )  # fmt: skip
+    copied = parts(layout.but(copied=True))["rollout"] - parts(layout)["rollout"]
+    assert copied == rollout.merged.own_bytes
+    sizes = parts(layout)
+    held = sizes["rollout"] + sizes["activations"] + sizes["logits"] + sizes["gradients"]
+    cast = rollout.merged.own_bytes if kind == "none" else 0  # autocast may cast shared weights, and keeps the result
+    assert 0.75 * most - cast <= held <= 1.25 * most

@@ -43,6 +43,13 @@ def layouts(draw):
         checkpointing=draw(st.booleans()),
         optimizer=draw(st.sampled_from(["adamw", "adamw-8bit"])),
         device=draw(st.sampled_from(["cpu", "cuda"])),
+        head=draw(st.sampled_from(["loss", "logps", "none"])),
+        branched=draw(st.integers(0, tokens)),
+        looked=draw(st.integers(0, tokens)),
+        slots=draw(st.sampled_from([0, 1, 64])),
+        cached=draw(st.integers(0, 1 << 16)),
+        copied=draw(st.booleans()),
+        beside=draw(st.sampled_from([0, 1 << 30])),
     )
 
 
@@ -57,12 +64,18 @@ def test_memory_never_falls_when_something_grows(some, times):
         larger = replace(facts, params=0, **{name: getattr(facts, name) * times})
         assert peak(some.but(facts=larger)).expected > before, name
     assert peak(some.but(targets=tuple(facts.linears))).expected >= before
+    for name in ("branched", "looked", "slots", "cached", "beside"):
+        grown = some.but(**{name: getattr(some, name) * times + 1})
+        assert peak(grown).expected >= before, name
+    assert peak(some.but(copied=True)).expected >= before
 
 
 @given(layouts())
 def test_the_parts_add_up_and_the_range_holds_them(some):
     sizes, found = parts(some), peak(some)
-    assert set(sizes) == {"weights", "adapter", "optimizer", "gradients", "activations", "logits", "overhead"}
+    usual = {"weights", "adapter", "optimizer", "gradients", "activations", "logits", "overhead"}
+    more = {"rollout"} if some.slots else set()
+    assert set(sizes) == usual | more | ({"beside"} if some.beside else set())
     assert all(isinstance(size, int) and size >= 0 for size in sizes.values())
     assert sum(sizes.values()) == found.expected
     assert found.low <= found.expected <= found.high
@@ -110,6 +123,28 @@ def test_saved_bytes_of_a_block():
     assert saved_per_token(layout(facts=facts, device="cuda")) == by_hand
     raised = 4 * (2048 + 512)  # on a CPU attention runs in float32
     assert saved_per_token(layout(facts=facts, device="cpu")) == by_hand + raised
+
+
+def test_what_writes_holds_a_copy_of_the_adapted_layers():
+    """Qwen3-0.6B: a token's keys and values are 2 x 28 x 8 x 128 numbers, written before anything is trained."""
+    facts = find("qwen3-0.6b")
+    few, many = layout(facts=facts, slots=64, cached=64 * 256), layout(facts=facts, slots=256, cached=256 * 65_536)
+    blocks = 28 * sum(inputs * outputs for inputs, outputs in facts.linears.values())
+    assert parts(few)["rollout"] == 0  # less than training holds a little later
+    assert parts(few.but(copied=True))["rollout"] == 2 * blocks
+    assert parts(few.but(copied=True, targets=("q_proj",)))["rollout"] == 2 * 28 * 1024 * 2048
+    full = few.but(kind="none", copied=True)
+    assert parts(full)["rollout"] == 2 * (blocks + 151_936 * 1024)
+    assert parts(full.but(dtype="float32"))["rollout"] == 0
+    sizes = parts(many)
+    moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
+    assert sizes["rollout"] + moving == 2 * (2 * 28 * 8 * 128) * many.cached + 10 * 151_936 * 256
+    assert "rollout" not in parts(layout(facts=facts))
+
+
+def test_a_reward_model_has_no_logits():
+    assert parts(layout(head="none"))["logits"] == 0
+    assert parts(layout(head="logps", dtype="float32"))["logits"] > parts(layout(dtype="float32"))["logits"]
 
 
 def test_logits_are_held_for_a_chunk_only():

@@ -73,7 +73,7 @@ def _model(folder: Path, *, seed: int = 0, template: str | None = CHATML, **shap
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory):
+def make_folder(tmp_path_factory):
     """Makes a folder with a model; the template and the shape may be others."""
 
     def make(name: str, **more):
@@ -83,13 +83,13 @@ def make_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def student(make_model):
-    return make_model("student")
+def student(make_folder):
+    return make_folder("student")
 
 
 @pytest.fixture(scope="session")
-def teacher(make_model):
-    return make_model("teacher", seed=1, hidden_size=48, num_hidden_layers=1)
+def teacher(make_folder):
+    return make_folder("teacher", seed=1, hidden_size=48, num_hidden_layers=1)
 
 
 @pytest.fixture
@@ -164,64 +164,79 @@ async def vowels(completions, **columns):
 
 
 @pytest.fixture
-def bench(tmp_path, student, teacher):
-    """A run of a method over its rows, in a folder of its own."""
-    open_reporters = []
+def make_spec(tmp_path, student, teacher):
+    """A resolved spec of a method over its rows."""
 
-    def make(
-        method, *, name="a", rows=None, source=None, model=None, adapter=None, train=None, grpo=None, eval=0.1, **more
-    ):
-        from transformers import AutoTokenizer
-
+    def make(method, *, rows=None, source=None, model=None, adapter=None, train=None, grpo=None, eval=0.1, **more):
         if source is None:
             source = tmp_path / f"{method}.jsonl"
             source.write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS[method]))
         scorer = tmp_path / "scorer.py"
         scorer.write_text(REWARDS)
         rewarded = (f"{scorer}:short", f"0.5*{scorer}:vowels")
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        spec = JobSpec(
+        chosen = {
+            "learning_rate": 1e-2,
+            "warmup_steps": 1,
+            "max_length": 96,
+            "effective_batch": 4,
+            "micro_batch": 2,
+            "packing": False,
+            "dtype": "float32",
+            "optimizer": "adamw",
+            "activation_checkpointing": False,
+            "save_steps": 4,
+            "eval_steps": 3,
+            "max_steps": 6,
+            **(train or {}),
+        }
+        fitted = {"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ("all-linear",), **(adapter or {})}
+        taught = {"num_generations": 2, "max_completion": 8, "beta": 0.05, "rewards": rewarded, **(grpo or {})}
+        return JobSpec(
             model=ModelRef(id=str(model or student)),
             data=(DataSource(source=str(source)),),
             eval=EvalSpec(fraction=eval),
             method=method,
-            adapter=AdapterSpec(
-                **{"kind": "lora", "rank": 4, "alpha": 8.0, "targets": ("all-linear",), **(adapter or {})}
-            ),
-            train=TrainSpec(
-                **{
-                    "learning_rate": 1e-2,
-                    "warmup_steps": 1,
-                    "max_length": 96,
-                    "effective_batch": 4,
-                    "micro_batch": 2,
-                    "packing": False,
-                    "dtype": "float32",
-                    "optimizer": "adamw",
-                    "activation_checkpointing": False,
-                    "save_steps": 4,
-                    "eval_steps": 3,
-                    "max_steps": 6,
-                    **(train or {}),
-                }
-            ),
-            **{
-                "grpo": GrpoSpec(
-                    **{"num_generations": 2, "max_completion": 8, "beta": 0.05, "rewards": rewarded, **(grpo or {})}
-                ),
-                "distill": DistillSpec(teacher=str(teacher), max_completion=8),
-                **more,
-            },
+            adapter=AdapterSpec(**fitted),
+            train=TrainSpec(**chosen),
+            grpo=GrpoSpec(**taught),
+            distill=DistillSpec(teacher=str(teacher), max_completion=8),
+            **more,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(model or student))
-        net = models.load(Path(model or student), spec, CPU)
+
+    return make
+
+
+@pytest.fixture
+def make_rows(make_spec):
+    """The rows of a method as its trainer reads them, without a model."""
+
+    def make(method, **more):
+        from transformers import AutoTokenizer
+
+        spec = make_spec(method, eval=0.0, **more)
+        return trl.tables(spec, prepare(spec), AutoTokenizer.from_pretrained(spec.model.id))
+
+    return make
+
+
+@pytest.fixture
+def bench(tmp_path, make_spec, teacher):
+    """A run of a method over its rows, in a folder of its own."""
+    open_reporters = []
+
+    def make(method, *, name="a", **more):
+        from transformers import AutoTokenizer
+
+        spec = make_spec(method, **more)
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(spec.model.id)
+        net = models.load(Path(spec.model.id), spec, CPU)
         reporter = Reporter(folder, 1)
         open_reporters.append(reporter)
-        rows = trl.tables(spec, prepare(spec), tokenizer)
         engine = trl.TrlEngine(
             net,
-            rows,
+            trl.tables(spec, prepare(spec), tokenizer),
             spec,
             tokenizer,
             reporter=reporter,

@@ -138,10 +138,10 @@ def test_rloo_asks_for_the_rows_of_the_ledger_and_tells_the_rewards_of_them(benc
 
 @pytest.mark.slow
 def test_distillation_brings_the_student_closer_to_its_teacher(bench):
-    run = bench("distill", train={"max_steps": 24, "eval_steps": 24, "save_steps": 100, "scheduler": "constant"})
+    run = bench("distill", train={"max_steps": 12, "eval_steps": 12, "save_steps": 100, "scheduler": "constant"})
     run.engine.run()
     measured = run.series("eval/loss")
-    assert measured[24] < 0.8 * measured[0]
+    assert measured[12] < 0.9 * measured[0]
 
 
 @pytest.mark.slow
@@ -224,10 +224,10 @@ def test_kto_equals_a_trainer_of_ones_own(kind, bench, student, tmp_path, rows_f
 def test_kto_on_real_rows(bench, tmp_path):
     if not REAL.exists():
         pytest.skip(f"{REAL} is not here")
-    run = bench("kto", source=REAL, eval=0.0, train={"max_steps": 4, "max_length": 400})
+    run = bench("kto", source=REAL, eval=0.0, train={"max_steps": 2, "max_length": 320})
     found = run.engine.rows
     assert found.total == len(found.train) + len(found.eval) + len(found.lost) == 300
-    assert len(found.train) > 100
+    assert len(found.train) > 90
     assert found.cut > 10
     assert {error.code for error in found.lost} <= {"data.no_supervised_tokens"}
     labels = found.train.columns["label"]
@@ -236,9 +236,9 @@ def test_kto_on_real_rows(bench, tmp_path):
     turns = found.train.columns["prompt"][0]
     assert turns[-1]["role"] == "user"
     outcome = run.engine.run()
-    assert outcome.step == 4
+    assert outcome.step == 2
     assert all(0 < loss < 1 for loss in run.series("train/loss").values())
-    assert len({number for step in outcome.ledger for number in step}) == 16
+    assert len({number for step in outcome.ledger for number in step}) == 8
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_no_default_of_trl_is_left_that_would_change_a_job(bench):
         assert (args.save_strategy, args.eval_strategy, args.logging_nan_inf_filter) == ("no", "no", False)
         assert (args.trust_remote_code, args.push_to_hub, args.disable_dropout) == (False, False, True)
         names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-        assert names == ["DefaultFlowCallback", "_Watch"]
+        assert names == ["DefaultFlowCallback", "Watch"]
 
 
 @pytest.mark.slow
@@ -278,11 +278,11 @@ def test_early_stopping_needs_rows(bench):
     assert caught.value.code == "train.early_stopping"
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(bench, make_model):
+def test_a_teacher_of_another_vocabulary_is_refused(bench, make_folder):
     run = bench("distill")
     spec = run.engine.spec
     for name, more in (("wider", {"vocab_size": 300}), ("shuffled", {})):
-        folder = make_model(name, **more)
+        folder = make_folder(name, **more)
         if name == "shuffled":
             path = folder / "tokenizer.json"
             doc = json.loads(path.read_text())

@@ -1,5 +1,7 @@
 """Runs of TRL's trainers that are stopped, resumed, asked for checkpoints, or given up."""
 
+import json
+
 import pytest
 import torch
 
@@ -48,19 +50,26 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(method, bench):
 
 
 @pytest.mark.slow
-def test_full_weights_resume_and_are_delivered(bench, tmp_path):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("method", ["kto", "reward"])
+def test_full_weights_resume_and_are_delivered(method, bench, student, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    whole = bench("kto", name="whole", adapter={"kind": "none"})
+    whole = bench(method, name="whole", adapter={"kind": "none"})
     whole.engine.run()
-    second = bench("kto", name="second", adapter={"kind": "none"})
+    second = bench(method, name="second", adapter={"kind": "none"})
     second.engine.resume(whole.folder / "checkpoints" / "step-00000004")
     second.engine.run()
     assert same(second.weights(), whole.weights())
     second.engine.net.save(tmp_path / "out")
-    plain = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
+    kind = AutoModelForSequenceClassification if method == "reward" else AutoModelForCausalLM
+    plain = kind.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
     for name, item in second.weights().items():
         assert torch.equal(plain.get_parameter(name), item)
+    if method == "reward":
+        assert (plain.config.num_labels, plain.config.pad_token_id) == (1, 256)
+        return
+    for file in ("config.json", "generation_config.json"):  # a trainer's own settings are gone
+        assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((student / file).read_text())
 
 
 @pytest.mark.slow
@@ -102,6 +111,7 @@ def test_a_stop_inside_a_step_or_an_evaluation_leaves_no_trace(bench):
     assert same(last.weights(), whole.weights())
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_step_saves_nothing(bench):
     run = bench("reward", eval=0.0)
     run.tell("stop")

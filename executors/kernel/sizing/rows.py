@@ -1,0 +1,149 @@
+"""What a method makes of a source row, in tokens: trained, only read, written, and held while they are written.
+
+These are the layouts of `loops`: SFT packs rows; DPO and GRPO compute a prompt once for all answers to it, where they
+pack; TRL's trainers (KTO, RLOO, reward, distill) pad and repeat the prompt. A row of `length` tokens is the longest
+sequence, a prompt with one answer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tunesmith.orchestrator.nouns import SAMPLED, JobSpec
+
+THROUGH_TRL = ("kto", "rloo", "reward", "distill")
+SLOTS = {"cpu": 64, "cuda": 256, "mps": 64}  # answers written at a time, as in loops/methods.py
+CELLS = 64  # tokens by which the room for keys and values grows, as in loops/cells.py
+SHORTER = 0.6  # of a pair's longer answer that its shorter one has: 0.61 in 299 real pairs
+USUAL_SHARE = 0.7  # of max_completion that answers use on average: some end early, and weak models seldom do
+
+
+def written(spec: JobSpec) -> int:
+    """The most tokens that the model writes in an answer; 0 where it trains on given ones."""
+    if spec.method not in SAMPLED:
+        return 0
+    return spec.distill.max_completion if spec.method == "distill" else spec.grpo.max_completion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Rows of one method. `share` is the part of a row's longest sequence that is an answer."""
+
+    spec: JobSpec
+    length: int
+    packing: bool
+    share: float
+
+    @property
+    def method(self) -> str:
+        """The spec's method."""
+        return self.spec.method
+
+    @property
+    def written(self) -> int:
+        """The most tokens that the model writes in an answer."""
+        return written(self.spec)
+
+    @property
+    def answers(self) -> int:
+        """Sequences that a row makes."""
+        if self.method in ("dpo", "reward"):
+            return 2
+        return self.spec.grpo.num_generations if self.method in ("grpo", "rloo") else 1
+
+    @property
+    def forked(self) -> bool:
+        """Whether the answers to a prompt share it."""
+        return self.packing and self.method in ("dpo", "grpo")
+
+    @property
+    def repeats(self) -> int:
+        """Optimizer steps taken on the same rows."""
+        return self.spec.grpo.num_iterations if self.method in ("grpo", "rloo") else 1
+
+    # --- memory ---
+
+    def budget(self) -> int:
+        """Tokens that a micro-batch may hold for each of its rows, as the loops reckon; RLOO's counts sequences."""
+        if self.method == "grpo" and self.forked:
+            return self.length + (self.answers - 1) * self.written
+        return self.length if self.method == "rloo" else self.answers * self.length
+
+    def most(self, longest: int) -> int:
+        """Tokens that the longest row puts through the model, where its longest sequence has so many."""
+        if self.method == "grpo" and self.forked:
+            return longest + (self.answers - 1) * self.written
+        return longest if self.method == "rloo" else self.answers * longest
+
+    def usual(self, tokens: float) -> float:
+        """Tokens of a row whose longest sequence (whose prompt, where the model writes) has so many."""
+        if self.written:
+            return tokens + self.answers * self.written
+        return tokens * (1 + self.share * SHORTER) if self.answers == 2 else tokens
+
+    def branched(self, tokens: int) -> int:
+        """Those of `tokens` of forked rows that belong to answers; 0 where nothing is forked."""
+        if not self.forked:
+            return 0
+        if self.written:
+            return round(tokens * self.answers * self.written / max(1, self.budget()))
+        return round(tokens * self.share * (1 + SHORTER) / (1 + self.share * SHORTER))
+
+    def looked(self, tokens: int) -> int:
+        """Keys and values that `tokens` of forked rows look at beyond their own: each answer sees the prompt too."""
+        return self.answers * (tokens - self.branched(tokens)) if self.forked else 0
+
+    def slots(self, effective: int, device: str) -> int:
+        """Answers written at a time; TRL writes all of a step at once."""
+        if not self.written:
+            return 0
+        made = effective * self.answers
+        return made if self.method in THROUGH_TRL else min(made, SLOTS[device])
+
+    def cached(self, effective: int, device: str) -> int:
+        """Tokens whose keys and values are held while answers are written; our rollout holds a prompt once.
+
+        Its places for answers are doubled as they grow, and its prompts filled up to the next step.
+        """
+        slots, prompt = self.slots(effective, device), max(1, self.length - self.written)
+        if self.method in THROUGH_TRL:
+            return slots * self.length
+        room = CELLS * 2 ** math.ceil(math.log2(max(1.0, self.written / CELLS)))
+        return slots * room + math.ceil(slots / self.answers) * math.ceil(prompt / CELLS) * CELLS
+
+    # --- time ---
+
+    def trained(self, mean: float, written: float) -> float:
+        """Tokens that one row puts through a training pass, by its mean sequence and the mean answer written to it."""
+        if self.written:
+            return mean + self.answers * written if self.forked else self.answers * (mean + written)
+        if self.answers == 2 and not self.forked:
+            return 2 * mean
+        return self.usual(mean)
+
+    def read(self, mean: float, written: float, *, again: float) -> float:
+        """Tokens that a row costs in passes without gradients; `again`: a table that is filled once needs this share.
+
+        A reference, KTO's mismatched answers, prompts before they are answered, and what TRL computes twice.
+        """
+        trained, grpo = self.trained(mean, written), self.spec.grpo
+        if self.method == "dpo":
+            return again * trained if self.spec.dpo.reference == "base" else 0.0
+        if self.method == "kto":
+            return 2 * trained
+        if self.method in ("grpo", "rloo"):
+            prompt = mean if self.method == "grpo" else self.answers * mean
+            return prompt + trained * (grpo.beta > 0) + trained * (self.method == "rloo" and grpo.num_iterations > 1)
+        return mean if self.method == "distill" else 0.0
+
+    def scored(self) -> float:
+        """The share of trained tokens whose logits are computed."""
+        if self.method == "reward":
+            return 0.0
+        if self.written:
+            answers = self.answers * self.written
+            return answers / max(1, answers + (1 if self.forked else self.answers) * (self.length - self.written))
+        if self.answers == 2:
+            return self.share * (1 + SHORTER) / (1 + self.share * SHORTER)
+        return self.share
