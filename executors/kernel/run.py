@@ -133,6 +133,7 @@ class Run:
             self.reporter.progress("loading", 3, 3, unit="parts")
             self._pause()
             ranks = self.crew.join(net.device, self._pause)
+            engine: Engine | TrlEngine
             if self.spec.method in OWN:
                 self._preflight(net, rows, _pad_id(tokenizer), ranks)
                 engine = self._engine(net, rows, tokenizer, model_folder, scorer, ranks)
@@ -213,7 +214,7 @@ class Run:
                 self.reporter.progress("tokenizing", before + done, total, unit="rows")
 
             folder = home_of(self.folder) / "cache" / "tokens"
-            found = cached(kind, examples, tokenizer, limit, folder=folder, progress=told, pause=self._pause)
+            found: data.Tokens[Any] = cached(kind, examples, tokenizer, limit, folder=folder, progress=told, pause=self._pause)
             if found.note:
                 self.reporter.log(f"The cache of tokens: {found.note}", "warning")
             parts.append(found)

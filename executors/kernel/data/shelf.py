@@ -108,6 +108,7 @@ class Shelf:
             finally:
                 with contextlib.suppress(OSError):
                     lock.unlink()
+                    fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file too
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

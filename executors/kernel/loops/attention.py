@@ -137,23 +137,26 @@ def _per_fork(
     pieces = []
     for fork in forks.each:
         end = fork.start + fork.prompt
-        before = [item[:, :, fork.start : end] for item in (query, key, value)]
+        q, k, v = (item[:, :, fork.start : end] for item in (query, key, value))
         if fork.prompt:
-            pieces += [_per_document(*before, (fork.prompt,), scale, window)[0].transpose(0, 1)]
+            pieces += [_per_document(q, k, v, (fork.prompt,), scale, window)[0].transpose(0, 1)]
         if fork.count:
-            own = [
-                item[0].index_select(1, fork.index).unflatten(1, (fork.count, fork.width)).transpose(0, 1)
-                for item in (query, key, value)
-            ]
+            own = [_rows_of(fork, item) for item in (query, key, value)]
             k, v = (
                 torch.cat([shared.expand(fork.count, -1, -1, -1), fresh], 2)
-                for shared, fresh in zip(before[1:], own[1:], strict=True)
+                for shared, fresh in zip((k, v), own[1:], strict=True)
             )
             out = scaled_dot_product_attention(
                 own[0], k, v, attn_mask=_windowed(fork, window), scale=scale, enable_gqa=grouped
             )
             pieces.append(out.transpose(0, 1).flatten(1, 2).index_select(1, fork.real))
     return torch.cat(pieces, 1).transpose(0, 1)[None].to(dtype)
+
+
+def _rows_of(fork: Fork, item: Tensor) -> Tensor:
+    """The answers of a tree side by side: [count, heads, width, dim] out of [1, heads, T, dim]."""
+    chosen = item[0].index_select(1, fork.index)
+    return chosen.view(item.shape[1], fork.count, fork.width, item.shape[3]).transpose(0, 1)
 
 
 def _windowed(fork: Fork, window: int | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def _forked(trees: Sequence[Tree], group: Sequence[int]) -> Batch:
                 keys += [*range(start, start + prompt), *range(first, first + fed)]
                 seen.append(len(keys))
         each.append(_fork(start, prompt, spans))
-    longest = max(high - low for low, high in zip(seen, seen[1:], strict=False))
+    longest = max(high - low for low, high in pairwise(seen))
     return Batch(
         ids=torch.tensor([ids], dtype=torch.int64),
         positions=torch.tensor([positions], dtype=torch.int64),
@@ -143,7 +144,7 @@ def _forked(trees: Sequence[Tree], group: Sequence[int]) -> Batch:
         targets=torch.tensor(targets, dtype=torch.int64),
         rows=tuple(trees[at].row for at in group),
         tokens=sum(trees[at].tokens for at in group),
-        documents=tuple(high - low for low, high in zip(queries, queries[1:], strict=False)),
+        documents=tuple(high - low for low, high in pairwise(queries)),
         forks=Forks(
             each=tuple(each),
             bounds=torch.tensor(queries, dtype=torch.int32),

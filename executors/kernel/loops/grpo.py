@@ -370,5 +370,5 @@ class Grpo:
             self._stale_told = True
             self.reporter.alert(
                 "grpo.rollout_gap",
-                f"Answers are written with other probabilities than they are trained with: {gap:.2g} nats a token apart.",
+                f"Answers are written with other probabilities than they are trained with: {gap:.2g} nats a token.",
             )

@@ -78,12 +78,18 @@ class Method(Protocol):
     of the whole optimizer step, so that no layout changes the gradient.
     """
 
-    rows: Sequence[Numbered]
-    repeats: int
-    foreseen: bool
-    measure: str
-    higher: bool
-    meter: Meter
+    @property
+    def rows(self) -> Sequence[Numbered]: ...
+    @property
+    def repeats(self) -> int: ...
+    @property
+    def foreseen(self) -> bool: ...
+    @property
+    def measure(self) -> str: ...
+    @property
+    def higher(self) -> bool: ...
+    @property
+    def meter(self) -> Meter: ...
 
     def batches(self, picked: Sequence[int], turn: Turn) -> list[Batch]:
         """The micro-batches of one optimizer step, from indices into `rows`. Raises Interrupted."""

@@ -84,10 +84,10 @@ def _sft(setting: Setting, rows: Sequence[Any]) -> Sft:
 def _dpo(setting: Setting, rows: Sequence[Any]) -> Dpo:
     trees = [Tree(pair.row, pair.prompt, (pair.chosen, pair.rejected)) for pair in rows]
     path = None
-    if setting.ranks.rank == 0 and setting.spec.dpo.reference == "base" and trees:
+    if setting.spec.dpo.reference == "base" and trees:
         name = reference.key(trees, *_identity(setting))
         path = setting.cache / "reference" / f"{name}.safetensors"
-    table = Reference(path, len(trees), 2)
+    table = Reference(path, len(trees), 2, ranks=setting.ranks)
     return Dpo(setting.net, trees, setting.spec.dpo, reference=table, **_layout(setting))
 
 
@@ -106,7 +106,8 @@ def _identity(setting: Setting) -> tuple[str, ...]:
 
 
 def _grpo(setting: Setting, train: Sequence[Any], held_out: Sequence[Any]) -> tuple[Grpo, Grpo]:
-    assert setting.scorer is not None
+    scorer = setting.scorer
+    assert scorer is not None
     spec, net, tokenizer = setting.spec, setting.net, setting.tokenizer
     answers = int(spec.train.effective_batch) * spec.grpo.num_generations
     rollout = Rollout(
@@ -128,7 +129,7 @@ def _grpo(setting: Setting, train: Sequence[Any], held_out: Sequence[Any]) -> tu
             rows,
             spec.grpo,
             rollout=rollout,
-            judge=Judge(text, setting.scorer),
+            judge=Judge(text, scorer),
             reporter=setting.reporter,
             seed=spec.train.seed,
             frozen=frozen,
@@ -157,7 +158,8 @@ def foresee(method: Method, picked: Iterator[Sequence[int]]) -> Iterator[int]:
         return
     done = 0
     for rows in picked:
-        method.foresee(rows, Turn(0, 0, training=False))
+        method.foresee(method.ranks.share(rows), Turn(0, 0, training=False))
         done += len(rows)
         yield done
+    method.reference.share()
     method.reference.flush()

@@ -173,11 +173,15 @@ def read(
     all of it on that device. Raises InputError (model.unloadable, adapter.qlora).
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
 
     attention.register()
     more: dict[str, Any] = {"num_labels": 1} if scores else {}
     if narrow is not None:
         more |= quantised.reading(folder, dtype, narrow)
+    verbosity = logging.get_verbosity()
+    if scores:
+        logging.set_verbosity_error()  # it would report the missing head, which is meant to be new
     try:
         model, info = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
             str(folder),
@@ -192,6 +196,8 @@ def read(
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise
         raise _unloadable(name, where, _first_line(error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
     absent = sorted({*map(str, info["missing_keys"]), *(str(item[0]) for item in info["mismatched_keys"])})
     absent = [each for each in absent if not (scores and each.startswith(f"{adapter.SCORE}."))]
     if absent:  # transformers would train them from random values

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from tunesmith.executors.kernel.loops.forks import Tree
+from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 
 
 class Reference:
     """A table [rows, answers] of summed log-probabilities, float32; NaN where nothing is known yet.
 
-    `path` None keeps it in memory. A file that cannot be read, or is of another shape, counts as empty: the name of the
+    `path` None keeps it in memory; of several ranks the first writes. A file that cannot be read, or is of another shape, counts as empty: the name of the
     file says what it is of, and a value in it is either whole or NaN.
     """
 
-    def __init__(self, path: Path | None, rows: int, answers: int) -> None:
+    def __init__(self, path: Path | None, rows: int, answers: int, *, ranks: Ranks = ALONE) -> None:
         self.path = path
+        self.ranks = ranks
         self.table = torch.full((rows, answers), float("nan"))
         self._changed = False
         if path is not None:
@@ -48,9 +50,19 @@ class Reference:
         at = torch.tensor(members, dtype=torch.int64)
         return self.table[at[:, 0], at[:, 1]]
 
+    def share(self) -> None:
+        """Let every rank know what the others found out. Every rank does."""
+        if self.ranks.world == 1:
+            return
+        known = ~self.table.isnan()
+        sums, counts = torch.where(known, self.table, 0.0), known.float()
+        self.ranks.sum_([sums, counts])
+        self.table = torch.where(counts > 0, sums / counts, torch.nan)
+        self._changed = True
+
     def flush(self) -> None:
         """Write what is new to disk, all or nothing. A full or forbidden disk costs the cache, not the run."""
-        if self.path is None or not self._changed:
+        if self.path is None or self.ranks.rank or not self._changed:
             return
         from safetensors.torch import save_file
 

@@ -161,7 +161,8 @@ class _Fitting:
             "branched": rows.branched(tokens),
             "looked": rows.looked(tokens),
             "slots": rows.slots(effective, self.device.kind),
-            "cached": rows.cached(effective, self.device.kind) if rows.written else 0,
+            "cached": rows.cached(effective, self.device.kind, str(self.values["train.dtype"])),
+            "paged": rows.paged(self.device.kind, str(self.values["train.dtype"])),
             "copied": self.spec.method == "grpo",
             "beside": self._beside(kind == "none"),
         }

@@ -14,7 +14,7 @@ from tunesmith.orchestrator.nouns import SAMPLED, JobSpec
 
 THROUGH_TRL = ("kto", "rloo", "reward", "distill")
 SLOTS = {"cpu": 64, "cuda": 256, "mps": 64}  # answers written at a time, as in loops/methods.py
-CELLS = 64  # tokens by which the room for keys and values grows, as in loops/cells.py
+CELLS, PAGE = 64, 256  # tokens by which the room for keys and values grows, as in loops/cells.py and paged.py
 SHORTER = 0.6  # of a pair's longer answer that its shorter one has: 0.61 in 299 real pairs
 USUAL_SHARE = 0.7  # of max_completion that answers use on average: some end early, and weak models seldom do
 
@@ -101,14 +101,21 @@ class Rows:
         made = effective * self.answers
         return made if self.method in THROUGH_TRL else min(made, SLOTS[device])
 
-    def cached(self, effective: int, device: str) -> int:
-        """Tokens whose keys and values are held while answers are written; our rollout holds a prompt once.
+    def paged(self, device: str, dtype: str) -> bool:
+        """Whether our rollout holds keys and values in pages, as it does on a GPU that computes in bfloat16."""
+        return self.method == "grpo" and device == "cuda" and dtype == "bfloat16"
 
-        Its places for answers are doubled as they grow, and its prompts filled up to the next step.
+    def cached(self, effective: int, device: str, dtype: str) -> int:
+        """Tokens whose keys and values there is room for while answers are written.
+
+        In pages every row has what it may come to need. Elsewhere a prompt is held once for all answers to it, filled
+        up to the next step, and the room for answers is doubled as they grow.
         """
         slots, prompt = self.slots(effective, device), max(1, self.length - self.written)
-        if self.method in THROUGH_TRL:
+        if not self.written or self.method in THROUGH_TRL:
             return slots * self.length
+        if self.paged(device, dtype):
+            return slots * PAGE * (math.ceil(self.length / PAGE) + math.ceil(prompt / PAGE))
         room = CELLS * 2 ** math.ceil(math.log2(max(1.0, self.written / CELLS)))
         return slots * room + math.ceil(slots / self.answers) * math.ceil(prompt / CELLS) * CELLS
 

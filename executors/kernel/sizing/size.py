@@ -46,6 +46,7 @@ class Layout:
     looked: int = 0  # keys and values that they see of it
     slots: int = 0  # answers written at a time
     cached: int = 0  # tokens whose keys and values are held for that
+    paged: bool = False  # whether those lie in pages that are kept from step to step
     copied: bool = False  # whether what writes has a copy of the adapted layers, the adapter merged in
     beside: int = 0  # bytes of another model: a teacher, or a reference that cannot be had by switching an adapter off
 
@@ -160,12 +161,11 @@ def parts(layout: Layout) -> dict[str, int]:
         "logits": logits,
     }
     moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
-    if layout.slots:  # what is held while answers are written is gone before they are trained on, but for the copy
-        writing = facts.layers * pairs * width * layout.cached + 10 * facts.vocabulary * layout.slots
-        sizes["rollout"] = max(0, writing - moving) + (width * _copied(layout) if layout.copied else 0)
-    if layout.optimizer == "adamw-8bit" and layout.device == "cpu":  # the largest tensor's moments, back in float32
-        largest = facts.vocabulary * facts.hidden if full else layout.rank * max(map(max, facts.linears.values()))
-        sizes["optimizer"] += max(0, 20 * largest - sizes["activations"] - sizes["logits"])
+    if layout.slots:
+        cache = facts.layers * pairs * width * layout.cached
+        writing = cache * (not layout.paged) + 10 * facts.vocabulary * layout.slots
+        sizes["rollout"] = max(0, writing - moving)  # gone before training begins again
+        sizes["rollout"] += cache * layout.paged + (width * _copied(layout) if layout.copied else 0)
     if layout.beside:
         sizes["beside"] = layout.beside
     sizes["overhead"] = PROCESS[layout.device] + round(SPREAD[layout.device] * moving)

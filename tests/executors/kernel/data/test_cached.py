@@ -7,7 +7,6 @@ import random
 import resource
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -232,8 +231,6 @@ def test_what_leaves_the_result_alone_leaves_the_key_alone(small, tmp_path):
 
 
 def test_a_template_that_writes_the_date_is_of_today(small, monkeypatch):
-    from tunesmith.executors.kernel.data import cached as _  # the module stands behind the function of its name
-
     class Tomorrow:
         @staticmethod
         def today():
@@ -245,7 +242,6 @@ def test_a_template_that_writes_the_date_is_of_today(small, monkeypatch):
     dated = small("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
     plain = small()
     before = [key_of(Prompt, [BASE], tokenizer, 8) for tokenizer in (dated, plain)]
-    monkeypatch.setattr("sys.modules", {**__import__("sys").modules})
     monkeypatch.setitem(key_of.__globals__, "date", Tomorrow)
     after = [key_of(Prompt, [BASE], tokenizer, 8) for tokenizer in (dated, plain)]
     assert before[0] != after[0]
@@ -439,6 +435,7 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
     assert caught.value.code == "data.slow_tokenizer"
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_of_two_processes_one_waits_for_the_other(small, tmp_path):
     """The second finds the first at work, waits, and reads what it made."""
     tokenizer, examples = small(), rows(0, 300)
@@ -464,6 +461,7 @@ def test_of_two_processes_one_waits_for_the_other(small, tmp_path):
     assert len(files(tmp_path)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_killed_at_work_holds_nobody_up(small, tmp_path):
     tokenizer, examples = small(), rows(0, 300)
     context = multiprocessing.get_context("fork")
@@ -493,6 +491,7 @@ def test_a_process_killed_at_work_holds_nobody_up(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_writers_killed_at_any_moment_leave_whole_files(small, tmp_path):
     """SIGKILL while a table is written, again and again: what is there afterwards is whole, or not there."""
     tokenizer = small()

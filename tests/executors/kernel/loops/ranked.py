@@ -22,12 +22,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tunesmith.executors.kernel import checkpoint
 from tunesmith.executors.kernel.control import Control
 from tunesmith.executors.kernel.crew import Seat
+from tunesmith.executors.kernel.loops import methods
 from tunesmith.executors.kernel.loops import model as models
 from tunesmith.executors.kernel.loops import ranks as meeting
 from tunesmith.executors.kernel.loops.dpo import Dpo
 from tunesmith.executors.kernel.loops.engine import Engine
 from tunesmith.executors.kernel.loops.forks import Tree
 from tunesmith.executors.kernel.loops.grpo import Grpo, Judge
+from tunesmith.executors.kernel.loops.reference import Reference
 from tunesmith.executors.kernel.loops.rollout import Rollout
 from tunesmith.executors.kernel.loops.sft import Sft
 from tunesmith.executors.kernel.reporter import Reporter
@@ -139,7 +141,8 @@ def made(method, net, spec, rows, ranks, reporter, control):
     if method == "sft":
         return Sft(net, [Row(**row) for row in rows], **sizes)
     if method == "dpo":
-        return Dpo(net, [Tree(row["row"], row["prompt"], row["answers"]) for row in rows], spec.dpo, **sizes)
+        trees = [Tree(row["row"], row["prompt"], row["answers"]) for row in rows]
+        return Dpo(net, trees, spec.dpo, reference=Reference(None, len(rows), 2, ranks=ranks), **sizes)
     rollout = Rollout(net, stops=frozenset({2}), max_completion=8, temperature=1.0, slots=16)
     judge = Judge(lambda ids: " ".join(map(str, ids)), Evens())
     asked = [Asked(row["row"], row["ids"]) for row in rows]
@@ -173,6 +176,8 @@ def train(seat, folder, adapter, settings, rows, held=(), method="sft", grpo=(),
         evaluation=made(method, net, spec, held, ranks, reporter, control),
         ranks=ranks,
     )
+    for _ in methods.foresee(engine.method, [range(len(rows))]):
+        pass
     if resume is not None:
         engine.resume(checkpoint.newest_verified(Path(resume) / "checkpoints").path)
 

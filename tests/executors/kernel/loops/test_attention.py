@@ -130,7 +130,7 @@ def test_varlen_equals_per_document():
 
 
 def reference(query, key, value, bounds, key_bounds, scale, window):
-    """Attention over [tokens, heads, dim] as `varlen_attn` documents it, causal from the lower right, in plain torch."""
+    """Attention over [tokens, heads, dim] as `varlen_attn` documents it, causal from the lower right; slow."""
     out = torch.empty_like(query)
     for (start, end), (low, high) in zip(pairwise(bounds.tolist()), pairwise(key_bounds.tolist()), strict=True):
         q = query[start:end].transpose(0, 1)
@@ -179,6 +179,6 @@ def test_an_old_varlen_without_windows_is_refused(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", oldest)
     q = torch.zeros(1, 2, 90, 16)
+    bounds = torch.tensor([0, 90], dtype=torch.int32)
     with pytest.raises(NotImplementedError):
-        bounds = torch.tensor([0, 90], dtype=torch.int32)
         attention._varlen(q, q, q, (bounds, bounds), (90, 90), None, 8)

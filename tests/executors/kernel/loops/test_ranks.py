@@ -180,14 +180,14 @@ def test_two_ranks_train_as_one_does(name, forks, rows, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
-def test_two_ranks_learn_preferences_as_one_does(packing, forks, rows, tmp_path):
-    """Each rank asks the reference about its own pairs; the means of both are told."""
+@pytest.mark.parametrize("packing, adapter", [(False, LORA), (True, LORA), (True, {"kind": "none"})])
+def test_two_ranks_learn_preferences_as_one_does(packing, adapter, forks, rows, tmp_path):
+    """Each rank asks the reference about its own pairs, with full weights before the first step; both tell means."""
     pairs = [
         {"row": row["row"], "prompt": row["ids"][:3], "answers": [row["ids"][3:], row["ids"][:1:-2]]}
         for row in rows(10)
     ]
-    order = {"adapter": LORA, "settings": settings(packing=packing, micro_batch=1), "rows": pairs, "method": "dpo"}
+    order = {"adapter": adapter, "settings": settings(packing=packing, micro_batch=1), "rows": pairs, "method": "dpo"}
     _, alone = forks.run("train", 1, tmp_path / "alone", **order)
     codes, both = forks.run("train", 2, tmp_path / "both", **order)
     assert codes == [0, 0]

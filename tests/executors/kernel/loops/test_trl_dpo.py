@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 
 from tunesmith.executors.kernel.loops.dpo import Dpo
 from tunesmith.executors.kernel.loops.forks import Tree

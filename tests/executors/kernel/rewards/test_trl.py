@@ -223,7 +223,7 @@ def test_tensors_are_numbers(own, load):
     path = own(
         "import torch\n"
         "def whole(completions, **kwargs):\n"
-            "    return torch.tensor([1.5] * len(completions))\n"
+        "    return torch.tensor([1.5] * len(completions))\n"
         "def each(completions, **kwargs):\n"
         "    return [torch.tensor(2, dtype=torch.int64) for _ in completions]\n"
     )

@@ -17,8 +17,11 @@ from tunesmith.executors.kernel.sizing import resolve
 from tunesmith.executors.kernel.sizing.size import GIB
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import (
+    METHODS,
+    SAMPLED,
     AdapterSpec,
     Device,
+    DistillSpec,
     DpoSpec,
     EvalSpec,
     GrpoSpec,
@@ -125,7 +128,8 @@ def test_checkpointing_only_where_it_does_not_fit_without(make):
 
 
 def test_a_model_too_large_says_what_would_fit(make):
-    _, size, _, _, findings = resolve(make.spec(), find("llama-3.1-8b"), make.report(), make.gpu("rtx3060"))
+    task = make.spec(adapter=AdapterSpec(kind="lora"))
+    _, size, _, _, findings = resolve(task, find("llama-3.1-8b"), make.report(), make.gpu("rtx3060"))
     (finding,) = [item for item in findings if item.level == "error"]
     assert not size.fits
     assert finding.code == "size.does_not_fit"
@@ -220,7 +224,8 @@ def test_float16_only_where_float32_does_not_fit(make):
     assert size.fits
     assert spec.train.dtype == "float16"
     assert "no bfloat16" in next(item.why for item in resolved if item.key == "train.dtype")
-    overflows = resolve(make.spec(), find("gemma-3-4b-it"), make.report(), make.gpu("t4"))
+    task = make.spec(adapter=AdapterSpec(kind="lora"))
+    overflows = resolve(task, find("gemma-3-4b-it"), make.report(), make.gpu("t4"))
     assert overflows[0].train.dtype == "float32"
     assert not overflows[1].fits
 
@@ -262,6 +267,91 @@ def test_other_methods_need_more(make, method, extra):
     spec, size, _, _, _ = resolve(make.spec(train=train, method=method, **extra), facts, report, card)
     assert size.peak_bytes.expected > plain_size.peak_bytes.expected
     assert spec.train.learning_rate < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_fitted_and_timed(make, method):
+    facts, report = find("smollm2-135m"), make.report(rows=400, held=20)
+    task = make.spec(method=method, grpo=GrpoSpec(max_completion=64), distill=DistillSpec(max_completion=64))
+    teacher = find("smollm2-360m") if method == "distill" else None
+    spec, size, time, _, findings = resolve(task, facts, report, make.cpu(backend="ray"), teacher)
+    assert size.fits
+    assert codes(findings, "error") == set()
+    assert time.seconds.low < time.seconds.expected < time.seconds.high
+    assert spec.train.packing is (method in ("sft", "dpo", "grpo"))
+    written = 64 if method in SAMPLED else 0
+    assert spec.train.max_length == 640 + written  # the longest row has 600 tokens
+    assert ("rollout" in size.parts) == (method in SAMPLED)
+    assert ("beside" in size.parts) == (method == "distill")
+    assert spec.train.effective_batch % spec.train.micro_batch == 0 or method in ("sft", "dpo", "grpo")
+
+
+def test_groups_take_a_step_of_some_64_answers(make):
+    task = make.spec(method="grpo", grpo=GrpoSpec(num_generations=16, num_iterations=2))
+    spec, _, _, resolved, _ = resolve(task, find("qwen3-0.6b"), make.report(1000), make.gpu("h100"))
+    assert spec.train.effective_batch == 4
+    assert spec.train.eval_steps == math.ceil(250 * 2 / 5)  # two optimizer steps for each four prompts
+    assert "4 prompts with 16 answers" in next(item.why for item in resolved if item.key == "train.effective_batch")
+
+
+def test_answers_that_share_their_prompt_need_less(make):
+    facts, report, card = find("qwen3-0.6b"), make.report(), make.cpu(64)  # a GPU waits for launches here
+    sizes, times = {}, {}
+    for packing in (True, False):
+        train = TrainSpec(micro_batch=2, effective_batch=8, packing=packing)
+        task = make.spec(method="grpo", train=train, grpo=GrpoSpec(max_completion=64))
+        _, sizes[packing], times[packing], *_ = resolve(task, facts, report, card)
+    assert sizes[True].peak_bytes.expected < sizes[False].peak_bytes.expected
+    assert times[True].seconds.expected < times[False].seconds.expected
+
+
+def test_a_reference_costs_what_it_must(make):
+    """An adapter is switched off for it; full training holds a copy for GRPO, and fills a table for DPO."""
+    facts, report, card = find("qwen3-0.6b"), make.report(), make.gpu("h100")
+
+    def needs(kind, method, **more):
+        train = TrainSpec(micro_batch=1, effective_batch=8)
+        task = make.spec(method=method, adapter=AdapterSpec(kind=kind), train=train, **more)
+        _, size, time, *_ = resolve(task, facts, report, card)
+        return size.parts, time.seconds.expected
+
+    for kind in ("lora", "none"):
+        without, quick = needs(kind, "grpo")
+        with_, slow = needs(kind, "grpo", grpo=GrpoSpec(beta=0.04))
+        assert with_.get("beside", 0) == (4 * facts.params if kind == "none" else 0)
+        assert "beside" not in without
+        assert slow > quick
+        table, slow = needs(kind, "dpo")
+        free, quick = needs(kind, "dpo", dpo=DpoSpec(reference="none"))
+        assert table == free
+        assert slow > quick
+
+
+def test_what_trl_cannot_do_is_refused(make):
+    facts, report, card = find("qwen3-0.6b"), make.report(), replace(make.gpu("h100"), backend="ray")
+    packed = make.spec(method="kto", train=TrainSpec(packing=True))
+    assert codes(resolve(packed, facts, report, card)[4], "error") == {"train.unavailable"}
+    for train in (TrainSpec(micro_batch=1), TrainSpec(effective_batch=1)):
+        (finding,) = resolve(make.spec(method="kto", train=train), facts, report, card)[4]
+        assert (finding.level, finding.code) == ("error", "kto.batch")
+        assert "2 or more" in finding.fix
+
+
+def test_trl_must_be_installed_where_it_trains(make, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    facts, report, here = find("smollm2-135m"), make.report(), make.cpu(backend="local")
+    assert codes(resolve(make.spec(method="kto"), facts, report, here)[4], "error") == {"method.unavailable"}
+    assert codes(resolve(make.spec(method="dpo"), facts, report, here)[4], "error") == set()
+    assert codes(resolve(make.spec(method="kto"), facts, report, make.cpu())[4], "error") == set()
+
+
+def test_a_loss_that_sorts_pairs_wants_them_together(make):
+    facts, report = find("qwen3-0.6b"), make.report()
+    for loss, micro, found in (("aot", 2, {"dpo.micro_batch"}), ("aot", 8, set()), ("sigmoid", 2, set())):
+        task = make.spec(
+            method="dpo", dpo=DpoSpec(loss=loss), train=TrainSpec(micro_batch=micro, effective_batch=8)
+        )  # fmt: skip
+        assert codes(resolve(task, facts, report, make.gpu("h100"))[4]) == found
 
 
 def test_mixtures_adapt_attention_alone(make):

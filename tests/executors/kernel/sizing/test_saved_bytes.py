@@ -180,8 +180,8 @@ def test_what_a_rollout_holds_is_foretold(kind, dtype):
     """Its copy of the weights to the byte, and what it holds while it writes."""
     from tunesmith.executors.kernel.loops.rollout import Ask, Rollout
 
-    trained, facts, rank = net("llama", "usual", kind, dtype, layers=6, vocabulary=2048)
-    prompt, answer, answers, prompts = 60, 64, 8, 4
+    trained, facts, rank = net("llama", "usual", kind, dtype, layers=4, vocabulary=2048)
+    prompt, answer, answers, prompts = 60, 16, 8, 4
     rollout = Rollout(
         trained, stops=frozenset(), max_completion=answer, temperature=1.0, slots=answers * prompts
     )  # fmt: skip
@@ -194,8 +194,9 @@ def test_what_a_rollout_holds_is_foretold(kind, dtype):
     rows = Rows(spec=spec, length=prompt + answer, packing=True, share=0.5)
     layout = Layout(
         facts=facts, kind=kind, rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=1, longest=8,
-        slots=rows.slots(prompts, "cpu"), cached=rows.cached(prompts, "cpu"),
+        slots=rows.slots(prompts, "cpu"), cached=rows.cached(prompts, "cpu", dtype),
     )  # fmt: skip
+    assert (rollout.way, rollout.problems) == ("cells", ())
     copied = parts(layout.but(copied=True))["rollout"] - parts(layout)["rollout"]
     assert copied == rollout.merged.own_bytes
     sizes = parts(layout)

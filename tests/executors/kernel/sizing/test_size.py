@@ -49,6 +49,7 @@ def layouts(draw):
         slots=draw(st.sampled_from([0, 1, 64])),
         cached=draw(st.integers(0, 1 << 16)),
         copied=draw(st.booleans()),
+        paged=draw(st.booleans()),
         beside=draw(st.sampled_from([0, 1 << 30])),
     )
 
@@ -139,6 +140,7 @@ def test_what_writes_holds_a_copy_of_the_adapted_layers():
     sizes = parts(many)
     moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
     assert sizes["rollout"] + moving == 2 * (2 * 28 * 8 * 128) * many.cached + 10 * 151_936 * 256
+    assert parts(few.but(paged=True))["rollout"] == 2 * (2 * 28 * 8 * 128) * few.cached  # pages are kept
     assert "rollout" not in parts(layout(facts=facts))
 
 

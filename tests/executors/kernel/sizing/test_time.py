@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.executors.kernel.catalogue import find
-from tunesmith.executors.kernel.sizing.time import Work, estimate, flops_per_token
+from tunesmith.executors.kernel.sizing.time import Work, estimate, flops_per_token, seconds_per_pass
 from tunesmith.orchestrator.nouns import Estimate
 
 
@@ -73,3 +73,22 @@ def test_small_steps_wait_for_launches(make):
     some = work(facts=find("qwen3-0.6b"), tokens=Estimate(low=1e5, expected=1e5, high=1e5, unit="tokens"))
     few, many = (estimate(replace(some, micro_batches=count), make.gpu("h100")) for count in (100, 2000))
     assert many.seconds.expected > few.seconds.expected
+
+
+def test_writing_reads_the_weights_once_for_all_slots(make):
+    """Qwen3-0.6B in bfloat16 is 1.2 GB: at 85 % of an H100's 3.35 TB/s a pass cannot take less than 0.42 ms."""
+    some = work(facts=find("qwen3-0.6b"), slots=1)
+    alone, many = (seconds_per_pass(replace(some, slots=slots), make.gpu("h100")) for slots in (1, 64))
+    assert 0.42e-3 < alone < 10e-3
+    assert many < 2 * alone
+    long = seconds_per_pass(replace(some, slots=64, context=30_000.0), make.gpu("h100"))
+    assert long == pytest.approx((1.19e9 + 64 * 30_000 * 2 * 28 * 8 * 128 * 2) / (0.85 * 3.35e12), rel=0.01)
+    assert seconds_per_pass(replace(some, eager=True), make.gpu("h100")) > alone
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.integers(1, 512))
+def test_time_never_falls_with_more_passes(make, passes, read, slots):
+    for device in (make.cpu(), make.gpu("h100")):
+        some = work(slots=slots, context=100.0, passes=passes, read=read)
+        for more in (replace(some, passes=2 * passes), replace(some, read=2 * read), replace(some, slots=2 * slots)):
+            assert estimate(some, device).seconds.expected <= estimate(more, device).seconds.expected

@@ -94,9 +94,16 @@ def test_nothing_left_to_train_on_is_an_error(make_rows):
 
 @pytest.mark.parametrize(
     "good, bad, weights, said",
-    [(4, 4, {}, None), (5, 4, {}, None), (9, 3, {}, "undesirable_weight to 3"), (3, 9, {}, "kto.desirable_weight to 3"),
-     (9, 3, {"undesirable_weight": 3.0}, None), (3, 0, {}, "undesirable_weight to 3")],
-)  # fmt: skip
+    [
+        (4, 4, {}, None),
+        (5, 4, {}, None),
+        (4, 5, {}, None),
+        (9, 3, {}, "undesirable_weight to 3"),
+        (3, 9, {}, "kto.desirable_weight to 3"),
+        (9, 3, {"undesirable_weight": 3.0}, None),
+        (3, 0, {}, "undesirable_weight to 3"),
+    ],
+)
 def test_unequal_numbers_of_good_and_bad_answers_are_said(good, bad, weights, said):
     found = trl.balance([True] * good + [False] * bad, KtoSpec(**weights))
     assert found is None if said is None else said in found
