@@ -102,13 +102,6 @@ class Parts:
             if folder is None and catalogue.find(model) is None:
                 raise unknown_model(model, catalogue.nearest(model))
         doc = check(spec.data, method=method, tokenizer_folder=folder)
-        if method is not None and method not in doc["ready"]:
-            raise InputError(
-                f"Data cannot be checked for {method} yet.",
-                fix=f"Checked are: {', '.join(doc['ready'])}.",
-                code="method.unavailable",
-                where="--for",
-            )
         if model is not None and folder is None:
             doc["problems"].append(no_tokenizer(model))
         return doc
@@ -201,7 +194,9 @@ def print_yaml(specs: Sequence[Mapping[str, Any]]) -> None:
 
 @cli.command()
 @click.argument("data")
-@click.option("--for", "method", metavar="METHOD", help="The method it must be ready for: sft, dpo, grpo, kto.")
+@click.option(
+    "--for", "method", metavar="METHOD", help="What it must be ready for: sft, dpo, grpo, kto, rloo, reward, distill."
+)
 @click.option("--model", metavar="M", help="Count tokens with this model's tokenizer.")
 @click.option(
     "--set", "sets", multiple=True, metavar="data.KEY=VALUE", help="Set a key of the data source (data.split=test)."

@@ -85,6 +85,8 @@ def _stage(stage: Doc, index: int, count: int) -> RenderableType:
         rows.append(("Model", _model(spec, size)))
         rows.append(("Memory", _memory(size)))
     rows.append(("Training", _training(spec)))
+    if method := _method(spec):
+        rows.append(("Method", method))
     if stage.get("time"):
         time = stage["time"]
         line = Text(figures.estimate(time.get("seconds")))
@@ -190,6 +192,28 @@ def _training(spec: Doc) -> Text:
         (train.get("dtype"), inert(train.get("dtype"), limit=20)),
     ]
     return Text(", ".join(text for value, text in said if value not in (None, "auto")))
+
+
+def _method(spec: Doc) -> Text | None:
+    """What is particular to the method: what it compares with, what it writes, what it is rewarded for."""
+    name = str(spec.get("method", ""))
+    read = spec.get({"rloo": "grpo"}.get(name, name)) or {}
+    most = f"of up to {figures.amount(read.get('max_completion'))} tokens"
+    beta = read.get("beta")
+    said = {
+        "dpo": [f"loss {inert(read.get('loss'), limit=20)}", f"beta {figures.amount(beta)}"],
+        "kto": [f"beta {figures.amount(beta)}"],
+        "grpo": [f"{figures.amount(read.get('num_generations'))} answers {most} to each prompt"],
+        "distill": [f"answers {most}, judged by {inert(read.get('teacher'), limit=100)}"],
+    }
+    said["rloo"] = said["grpo"]
+    parts = said.get(name, [])
+    if name in ("grpo", "rloo"):
+        parts += [f"rewarded by {', '.join(inert(item, limit=60) for item in read.get('rewards') or [])}"]
+        parts += [f"KL weighted {figures.amount(beta)}"] if beta else []
+    if read.get("reference") == "none":
+        parts += ["no reference"]
+    return Text(", ".join(parts)) if parts else None
 
 
 def _offers(offers: list[Doc]) -> RenderableType:

@@ -279,7 +279,7 @@ def test_a_distillation_asks_for_its_teacher(make):
     assert one.spec.distill.teacher == "smollm2-360m"
     spec = {"model": {"id": SMOL}, "data": [{"source": "problems.jsonl"}], "method": "distill"}
     assert [question.field for question in make(spec=spec).questions] == ["distill.teacher"]
-    assert stage(make(spec=spec, sets={"distill.teacher": "smollm2-360m"})).size.parts["beside"] > 0
+    assert stage(make(spec=spec, sets={"distill.teacher": "smollm2-360m"})).size.parts["other_model"] > 0
 
 
 def test_a_loose_teacher_is_asked_about(make):

@@ -166,10 +166,8 @@ def test_check_says_what_data_is_ready_for(tunesmith: Run) -> None:
     assert doc["ready"]["sft"] is True
     assert doc["ready"]["dpo"] is False
     assert tunesmith("check", str(TICKETS), "--for", "dpo").returncode == 2
-    assert (
-        document(tunesmith("check", str(TICKETS), "--for", "distill", "--json"))["error"]["code"]
-        == "method.unavailable"
-    )
+    assert tunesmith("check", str(TICKETS), "--for", "distill").returncode == 0
+    assert document(tunesmith("check", str(TICKETS), "--for", "ppo", "--json"))["error"]["code"] == "spec.value"
     assert document(tunesmith("check", str(TICKETS), "--set", "train.epochs=3", "--json"))["error"]["code"] == "usage"
     limited = document(tunesmith("check", str(TICKETS), "--set", "data.limit=7", "--json"))
     assert 7 in (limited["rows"], limited["used_rows"])

@@ -208,3 +208,29 @@ def test_a_sparkline_shows_the_course() -> None:
     assert views.sparkline([2.0, 2.0]) == "▄▄"
     assert views.sparkline([]) == ""
     assert len(views.sparkline([float(value) for value in range(1000)], 32)) == 32
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"method": "dpo", "dpo": {"loss": "ipo", "beta": 0.2}}, "loss ipo, beta 0.2"),
+        ({"method": "dpo", "dpo": {"loss": "ipo", "beta": 0.2, "reference": "none"}}, "beta 0.2, no reference"),
+        ({"method": "kto", "kto": {"beta": 0.1}}, "beta 0.1"),
+        (
+            {"method": "grpo", "grpo": {"num_generations": 8, "max_completion": 64, "rewards": ["number", HOSTILE]}},
+            "8 answers of up to 64 tokens to each prompt, rewarded by number",
+        ),
+        (
+            {"method": "rloo", "grpo": {"num_generations": 4, "max_completion": 9, "rewards": ["a"], "beta": 0.05}},
+            "rewarded by a, KL weighted 0.05",
+        ),
+        ({"method": "distill", "distill": {"teacher": "owner/big", "max_completion": 64}}, "judged by owner/big"),
+    ],
+)
+def test_a_plan_says_what_is_particular_to_its_method(spec: dict[str, Any], said: str) -> None:
+    doc = plan_doc()
+    doc["stages"][0]["spec"] |= spec
+    text = drawn(views_plan.plan(doc), width=160)
+    assert said in text
+    assert "\x1b" not in text
+    assert "Method" not in drawn(views_plan.plan(plan_doc()))

@@ -23,8 +23,8 @@ from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 class Reference:
     """A table [rows, answers] of summed log-probabilities, float32; NaN where nothing is known yet.
 
-    `path` None keeps it in memory; of several ranks the first writes. A file that cannot be read, or is of another shape, counts as empty: the name of the
-    file says what it is of, and a value in it is either whole or NaN.
+    `path` None keeps it in memory; of several ranks the first writes. A file that cannot be read, or is of another
+    shape, counts as empty: the name of the file says what it is of, and a value in it is either whole or NaN.
     """
 
     def __init__(self, path: Path | None, rows: int, answers: int, *, ranks: Ranks = ALONE) -> None:

@@ -116,7 +116,7 @@ class Rows:
             return slots * self.length
         if self.paged(device, dtype):
             return slots * PAGE * (math.ceil(self.length / PAGE) + math.ceil(prompt / PAGE))
-        room = CELLS * 2 ** math.ceil(math.log2(max(1.0, self.written / CELLS)))
+        room = CELLS << max(0, math.ceil(math.log2(self.written / CELLS)))
         return slots * room + math.ceil(slots / self.answers) * math.ceil(prompt / CELLS) * CELLS
 
     # --- time ---

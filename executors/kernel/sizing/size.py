@@ -167,7 +167,7 @@ def parts(layout: Layout) -> dict[str, int]:
         sizes["rollout"] = max(0, writing - moving)  # gone before training begins again
         sizes["rollout"] += cache * layout.paged + (width * _copied(layout) if layout.copied else 0)
     if layout.beside:
-        sizes["beside"] = layout.beside
+        sizes["other_model"] = layout.beside
     sizes["overhead"] = PROCESS[layout.device] + round(SPREAD[layout.device] * moving)
     return sizes
 

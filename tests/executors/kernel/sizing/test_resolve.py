@@ -282,7 +282,7 @@ def test_every_method_is_fitted_and_timed(make, method):
     written = 64 if method in SAMPLED else 0
     assert spec.train.max_length == 640 + written  # the longest row has 600 tokens
     assert ("rollout" in size.parts) == (method in SAMPLED)
-    assert ("beside" in size.parts) == (method == "distill")
+    assert ("other_model" in size.parts) == (method == "distill")
     assert spec.train.effective_batch % spec.train.micro_batch == 0 or method in ("sft", "dpo", "grpo")
 
 
@@ -318,8 +318,8 @@ def test_a_reference_costs_what_it_must(make):
     for kind in ("lora", "none"):
         without, quick = needs(kind, "grpo")
         with_, slow = needs(kind, "grpo", grpo=GrpoSpec(beta=0.04))
-        assert with_.get("beside", 0) == (4 * facts.params if kind == "none" else 0)
-        assert "beside" not in without
+        assert with_.get("other_model", 0) == (4 * facts.params if kind == "none" else 0)
+        assert "other_model" not in without
         assert slow > quick
         table, slow = needs(kind, "dpo")
         free, quick = needs(kind, "dpo", dpo=DpoSpec(reference="none"))

@@ -76,7 +76,7 @@ def test_the_parts_add_up_and_the_range_holds_them(some):
     sizes, found = parts(some), peak(some)
     usual = {"weights", "adapter", "optimizer", "gradients", "activations", "logits", "overhead"}
     more = {"rollout"} if some.slots else set()
-    assert set(sizes) == usual | more | ({"beside"} if some.beside else set())
+    assert set(sizes) == usual | more | ({"other_model"} if some.beside else set())
     assert all(isinstance(size, int) and size >= 0 for size in sizes.values())
     assert sum(sizes.values()) == found.expected
     assert found.low <= found.expected <= found.high
