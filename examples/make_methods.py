@@ -2,7 +2,7 @@
 
 preferences.jsonl   DPO, reward models: a customer's message with a good and a poor reply
 ratings.jsonl       KTO: the same kind of replies, each rated by itself
-sums.jsonl          GRPO, RLOO, distillation: sums in words with their result, to be rewarded and never imitated
+sums.jsonl          GRPO, RLOO, distillation: sums with their results, to be rewarded and never imitated
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ POOR = [
     "Are you sure that {thing} is the problem? Most people make a mistake here.",
     "Unfortunately there is nothing to be done about {thing}. Have a nice day!!!",
 ]
-OBJECTS = ["apples", "boxes", "stamps", "pencils", "letters", "coins", "bottles", "tickets"]
-NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gita", "Hugo"]
 
 
 def preferences(count: int = 160, seed: int = 7) -> list[dict[str, object]]:
@@ -61,7 +59,7 @@ def preferences(count: int = 160, seed: int = 7) -> list[dict[str, object]]:
 def ratings(count: int = 160, seed: int = 8) -> list[dict[str, object]]:
     """`count` different replies, half of them good."""
     rows: dict[str, dict[str, object]] = {}
-    for row in preferences(8 * count, seed):
+    for row in preferences(4 * count, seed):
         good = len(rows) % 2 == 0
         made = {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": good}
         rows.setdefault(f"{made['prompt']} {made['completion']}", made)
@@ -69,15 +67,12 @@ def ratings(count: int = 160, seed: int = 8) -> list[dict[str, object]]:
 
 
 def sums(count: int = 160, seed: int = 9) -> list[dict[str, object]]:
-    """`count` different sums of two small numbers, each with its result."""
-    source = random.Random(seed)
-    rows: dict[str, dict[str, object]] = {}
-    while len(rows) < count:
-        first, second = source.randrange(2, 30), source.randrange(2, 30)
-        name, thing = source.choice(NAMES), source.choice(OBJECTS)
-        question = f"{name} has {first} {thing} and gets {second} more. How many {thing} is that? Answer with a number."
-        rows.setdefault(question, {"question": question, "answer": str(first + second)})
-    return list(rows.values())
+    """`count` different sums of two small numbers. The small model gets one answer in six right before training."""
+    every = [(first, second) for first in range(2, 20) for second in range(2, 20)]
+    return [
+        {"question": f"What is {first} + {second}? Answer with a number.", "answer": str(first + second)}
+        for first, second in random.Random(seed).sample(every, count)
+    ]
 
 
 FILES = {"preferences.jsonl": preferences, "ratings.jsonl": ratings, "sums.jsonl": sums}

@@ -14,6 +14,7 @@ from tunesmith.executors.kernel.catalogue import ModelFacts
 from tunesmith.graph import settings
 from tunesmith.orchestrator.nouns import Finding, JobSpec, Level, Question
 
+OWN = ("sft", "dpo", "grpo")  # methods with loops of our own, as in executors/kernel/run.py
 READERS = {  # the sections of a spec that belong to methods, and who reads them
     "dpo": ("dpo",),
     "grpo": ("grpo", "rloo"),
@@ -37,7 +38,7 @@ def questions(docs: Sequence[Mapping[str, Any]]) -> list[Question]:
 
 def misfits(spec: JobSpec) -> list[Finding]:
     """Values that contradict each other, or that the method does not read."""
-    found = [*_unread(spec)]
+    found = [*_unread(spec), *_alone(spec)]
     check = {"dpo": _dpo, "grpo": _sampled, "rloo": _sampled, "distill": _sampled}.get(spec.method)
     return [*found, *(check(spec) if check else ())]
 
@@ -73,6 +74,20 @@ def _unread(spec: JobSpec) -> list[Finding]:
             fix = f"Leave it out, or set method to {' or '.join(readers)}."
             found.append(_finding("warning", "spec.unused", f"{spec.method} does not read {keys}.", section, fix))
     return found
+
+
+def _alone(spec: JobSpec) -> list[Finding]:
+    """Methods that TRL trains do not share a step between devices."""
+    wanted = spec.hardware
+    many = isinstance(wanted, Mapping) and any(_count(wanted.get(name)) > 1 for name in ("gpus", "processes"))
+    if spec.method in OWN or not many:
+        return []
+    message = f"{spec.method} runs on one device: TRL trains it, and only our own loops share a step between processes."
+    return [_finding("error", "hardware.gpus", message, "hardware", f"Leave hardware out, or use {', '.join(OWN)}.")]
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _dpo(spec: JobSpec) -> list[Finding]:

@@ -230,6 +230,14 @@ def test_what_cannot_work_is_refused_by_name(make, text, code, said):
     assert error.fix
 
 
+@pytest.mark.parametrize("hardware", [{"gpus": 2}, {"processes": 2}])
+def test_what_trl_trains_runs_on_one_device(make, hardware):
+    spec = {"model": {"id": SMOL}, "data": [{"source": "feedback.jsonl"}], "method": "kto", "hardware": hardware}
+    assert "hardware.gpus" in codes(make(spec=spec).errors)
+    spec |= {"data": [{"source": "pairs.jsonl"}], "method": "dpo"}
+    assert "hardware.gpus" not in codes(make(spec=spec).errors)
+
+
 @pytest.mark.parametrize("result", ["job:j-abc234", "stage:1"])
 def test_results_of_jobs_are_no_models_yet(make, result):
     spec = {"model": {"id": SMOL}, "data": [{"source": "problems.jsonl"}], "method": "distill"}
@@ -286,6 +294,15 @@ def test_a_loose_teacher_is_asked_about(make):
     (question,) = make("Distill smollm2-135m from llama on problems.jsonl").questions
     assert question.field == "distill.teacher"
     assert all("llama" in choice.lower() for choice in question.choices)
+
+
+def test_our_own_methods_are_those_of_the_kernel():
+    from tunesmith.executors.kernel import run
+    from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL
+    from tunesmith.graph import methods
+
+    assert run.OWN == methods.OWN
+    assert {*methods.OWN, *THROUGH_TRL} == set(METHODS)
 
 
 def test_nothing_of_another_method_gets_into_a_plan(make):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tunesmith.executors.kernel.loops import matrix
+
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
@@ -31,7 +33,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for start, stop in _chunks(hidden, weight):
             part, wanted = hidden[start:stop], targets[start:stop, None]
-            logits = (part @ weight.t()).float()
+            logits = matrix.onto(part, weight).float()
             norm = torch.logsumexp(logits, -1, keepdim=True)
             total += (norm - logits.gather(1, wanted)).sum()
             if not (wants_hidden or wants_weight):
@@ -74,7 +76,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         for start, stop in _chunks(hidden, weight):
             part, wanted = hidden[start:stop], targets[start:stop, None]
-            logits = (part @ weight.t()).float()
+            logits = matrix.onto(part, weight).float()
             logits.div_(temperature)
             norm = torch.logsumexp(logits, -1, keepdim=True)
             logps[start:stop] = (logits.gather(1, wanted) - norm)[:, 0]

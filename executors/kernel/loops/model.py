@@ -41,6 +41,12 @@ class Net:
         self.chunked = loss.plain_head(self.head)
         self._usual_attention = self.causal.config._attn_implementation
 
+    @property
+    def exact(self) -> bool:
+        """Whether all of it is computed in float32."""
+        floats = (item for item in self.causal.parameters() if item.is_floating_point())
+        return self.autocast is None and all(item.dtype == torch.float32 for item in floats)
+
     def amp(self) -> AbstractContextManager[Any]:
         """Autocast where the weights are float32 and the work is not."""
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.executors.kernel.loops import quantised
+from tunesmith.executors.kernel.loops import matrix, quantised
 
 
 class LoraProduct(torch.autograd.Function):
@@ -23,7 +23,9 @@ class LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         w = _full(weight, state, x)
         small = x @ a.to(x.dtype).t()
-        y = x @ w.t() if bias is None else torch.addmm(bias, x, w.t())
+        y = matrix.onto(x, w)
+        if bias is not None:
+            y += bias
         y.addmm_(small, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, small)
         ctx.state, ctx.scale = state, scale
@@ -35,7 +37,7 @@ class LoraProduct(torch.autograd.Function):
         through = (grad @ b.to(grad.dtype)) * ctx.scale
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.addmm(grad @ _full(weight, ctx.state, grad), through, a.to(grad.dtype))
+            grad_x = (grad @ _full(weight, ctx.state, grad)).addmm_(through, a.to(grad.dtype))
         grad_a = (through.t() @ x).to(a.dtype)
         grad_b = (grad.t() @ small).to(b.dtype) * ctx.scale
         return grad_x, None, None, None, grad_a, grad_b, None

@@ -72,9 +72,7 @@ def check(net: Net, rows: Sequence[Row], *, pad_id: int) -> Verdict:
 
 
 def _check(net: Net, cut: Sequence[Cut], pad_id: int) -> Verdict:
-    exact = net.autocast is None and all(
-        item.dtype == torch.float32 for item in net.causal.parameters() if item.is_floating_point()
-    )
+    exact = net.exact
     problems = []
     single = torch.cat([net.logits(padded([row], 1, pad_id)[0].to(net.device)) for row in cut]).float()
     head = together = own = shared = None

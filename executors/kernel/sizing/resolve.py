@@ -30,6 +30,7 @@ from tunesmith.orchestrator.nouns import (
     TimeEstimate,
 )
 
+HEADS = {"sft": "loss", "kto": "tiled", "rloo": "tiled", "reward": "none"}
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # a micro-batch of more tokens is no faster
 
 
@@ -157,7 +158,7 @@ class _Fitting:
             "checkpointing": checkpointing,
             "optimizer": optimizer,
             "device": self.device.kind,
-            "head": {"sft": "loss", "reward": "none"}.get(self.spec.method, "logps"),
+            "head": HEADS.get(self.spec.method, "logps"),
             "branched": rows.branched(tokens),
             "looked": rows.looked(tokens),
             "slots": rows.slots(effective, self.device.kind),
@@ -198,7 +199,7 @@ class _Fitting:
 
     def _rows_at_once(self) -> list[int]:
         """Micro-batches to try, the largest first: those that split the effective batch most evenly."""
-        given, effective = self.spec.train.micro_batch, int(self.values["train.effective_batch"])
+        given, effective = self.spec.train.micro_batch, self.rows.counted(int(self.values["train.effective_batch"]))
         if given != "auto":
             return [given]
         shares = sorted({math.ceil(effective / count) for count in range(1, effective + 1)}, reverse=True)
@@ -221,18 +222,20 @@ class _Fitting:
         return self._settle(*last)
 
     def _settle(self, layout: Layout, rows: int) -> tuple[Layout, int]:
-        effective = int(self.values["train.effective_batch"])
+        effective = self.rows.counted(int(self.values["train.effective_batch"]))
         share = in_gib(size.SAFE_SHARE[self.device.kind] * self.budget)
         count = math.ceil(effective / rows)
+        bits = 8 * size.BYTES[layout.dtype]
         reason = {
             "lora": "LoRA trains a small adapter and leaves the model as it is",
-            "qlora": f"in {8 * size.BYTES[layout.dtype]} bits the model does not fit into {share}; its weights are held in 4 bits",
+            "qlora": f"in {bits} bits the model does not fit into {share}; its weights are held in 4 bits",
         }
         self._set("adapter.kind", layout.kind, reason.get(layout.kind, ""))
         if layout.dtype != self.values["train.dtype"]:
             why = f"{self.device.hardware} has no bfloat16, and float32 does not fit into {share}; losses are scaled"
             self._set("train.dtype", layout.dtype, why)
-        why = f"the most that is fast and fits into {share}; {count} of them make a step of {effective} rows"
+        what = "answers" if self.spec.method == "rloo" else "rows"
+        why = f"the most that is fast and fits into {share}; {count} of them make a step of {effective} {what}"
         self._set("train.micro_batch", rows, why)
         why = (
             f"without it the step does not fit into {share}" if layout.checkpointing else "it fits without, and faster"
@@ -299,7 +302,7 @@ class _Fitting:
             supervised_share=rows.scored(),
             mean=mean + written,
             steps=total,
-            micro_batches=total * math.ceil(effective / micro),
+            micro_batches=total * math.ceil(rows.counted(effective) / micro),
             read=visits * rows.read(mean, written, again=again) + held * (mean if written else rows.trained(mean, 0)),
             passes=passes,
             slots=layout.slots,
@@ -333,7 +336,7 @@ class _Fitting:
             device_bytes=self.budget,
             fits=fits,
             micro_batch=micro,
-            grad_accum=max(1, math.ceil(effective / micro)),
+            grad_accum=max(1, math.ceil(self.rows.counted(effective) / micro)),
             max_length=int(self.values["train.max_length"]),
             activation_checkpointing=layout.checkpointing,
             quantization="nf4" if layout.kind == "qlora" else None,

@@ -62,10 +62,14 @@ class Rows:
         """Optimizer steps taken on the same rows."""
         return self.spec.grpo.num_iterations if self.method in ("grpo", "rloo") else 1
 
+    def counted(self, effective: int) -> int:
+        """What micro-batches are cut from: the rows of a step, for RLOO all answers to them."""
+        return effective * self.answers if self.method == "rloo" else effective
+
     # --- memory ---
 
     def budget(self) -> int:
-        """Tokens that a micro-batch may hold for each of its rows, as the loops reckon; RLOO's counts sequences."""
+        """Tokens that a micro-batch may hold for each that it counts, as the loops reckon."""
         if self.method == "grpo" and self.forked:
             return self.length + (self.answers - 1) * self.written
         return self.length if self.method == "rloo" else self.answers * self.length

@@ -283,7 +283,9 @@ def test_every_method_is_fitted_and_timed(make, method):
     assert spec.train.max_length == 640 + written  # the longest row has 600 tokens
     assert ("rollout" in size.parts) == (method in SAMPLED)
     assert ("other_model" in size.parts) == (method == "distill")
-    assert spec.train.effective_batch % spec.train.micro_batch == 0 or method in ("sft", "dpo", "grpo")
+    made = spec.train.effective_batch * (8 if method == "rloo" else 1)  # whose micro-batches count answers
+    assert made % spec.train.micro_batch == 0 or method in ("sft", "dpo", "grpo")
+    assert size.grad_accum == math.ceil(made / spec.train.micro_batch)
 
 
 def test_groups_take_a_step_of_some_64_answers(make):

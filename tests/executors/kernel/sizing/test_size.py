@@ -43,7 +43,7 @@ def layouts(draw):
         checkpointing=draw(st.booleans()),
         optimizer=draw(st.sampled_from(["adamw", "adamw-8bit"])),
         device=draw(st.sampled_from(["cpu", "cuda"])),
-        head=draw(st.sampled_from(["loss", "logps", "none"])),
+        head=draw(st.sampled_from(["loss", "logps", "tiled", "none"])),
         branched=draw(st.integers(0, tokens)),
         looked=draw(st.integers(0, tokens)),
         slots=draw(st.sampled_from([0, 1, 64])),
@@ -142,6 +142,15 @@ def test_what_writes_holds_a_copy_of_the_adapted_layers():
     assert sizes["rollout"] + moving == 2 * (2 * 28 * 8 * 128) * many.cached + 10 * 151_936 * 256
     assert parts(few.but(paged=True))["rollout"] == 2 * (2 * 28 * 8 * 128) * few.cached  # pages are kept
     assert "rollout" not in parts(layout(facts=facts))
+
+
+def test_trl_holds_a_tile_of_logits():
+    """Its head scores every position, up to 4,096 by 32,768 at a time; on a CPU it makes many copies of them."""
+    facts = find("smollm2-135m")
+    some = layout(facts=facts, head="tiled", dtype="float32", device="cpu", tokens=1000)
+    assert parts(some)["logits"] == 32 * 1000 * 32_768
+    assert parts(some.but(tokens=100_000))["logits"] == 32 * 4096 * 32_768
+    assert parts(some.but(device="cuda", dtype="bfloat16", tokens=100_000))["logits"] == 2 * 256 * 2**20
 
 
 def test_a_reward_model_has_no_logits():
