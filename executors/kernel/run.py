@@ -140,6 +140,8 @@ class Run:
             else:
                 engine = self._trl_engine(net, rows, tokenizer, scorer)
             self._resume(engine, ranks)
+            if self.spec.method in OWN and net.device.type == "cuda":
+                self._compile(net, rows, engine.total - engine.cursor.step, _pad_id(tokenizer))
             self.reporter.state("running")
             outcome = engine.run()
             if self.seat.rank or outcome.ended != "stopped":  # after a stop nobody waits for the others
@@ -214,7 +216,8 @@ class Run:
                 self.reporter.progress("tokenizing", before + done, total, unit="rows")
 
             folder = home_of(self.folder) / "cache" / "tokens"
-            found: data.Tokens[Any] = cached(kind, examples, tokenizer, limit, folder=folder, progress=told, pause=self._pause)
+            more: dict[str, Any] = {"folder": folder, "progress": told, "pause": self._pause}
+            found: data.Tokens[Any] = cached(kind, examples, tokenizer, limit, **more)
             if found.note:
                 self.reporter.log(f"The cache of tokens: {found.note}", "warning")
             parts.append(found)
@@ -309,6 +312,24 @@ class Run:
             self.reporter.log(f"Self-test: {problem}.", "warning")
         if verdict.packing is not None and net.packed:
             self.reporter.log(f"Self-test: packed and single rows agree (difference {verdict.packing:.1e}).")
+        self.reporter.progress("preflight", 1, 1, unit="checks")
+
+    def _compile(self, net: Net, rows: Rows, steps: int, pad_id: int) -> None:
+        from tunesmith.executors.kernel.loops import batches, compiled, methods
+
+        probes, micro = methods.probes(self.spec, rows.train), int(self.spec.train.micro_batch)
+        budget = micro * int(self.spec.train.max_length)
+        batch = (batches.packed(probes, budget) if net.packed else batches.padded(probes, micro, pad_id))[0]
+
+        def told(why: str) -> None:
+            self.reporter.log(f"Layers are no longer compiled: {why}.", "warning")
+
+        self.reporter.progress("preflight", 0, 1, unit="checks")
+        verdict = compiled.offer(net, batch, steps=steps, told=told)
+        if verdict.kept:
+            self.reporter.log(f"Layers are compiled: {verdict.gain:.2f} times as fast, in {verdict.seconds:.0f} s.")
+        else:
+            self.reporter.log(f"Layers are not compiled: {verdict.why}.", "warning" if verdict.gain is None else "info")
         self.reporter.progress("preflight", 1, 1, unit="checks")
 
     def _engine(

@@ -80,7 +80,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class _Grid:
-    """The rows of all prompts in one arena, as [prompts, width]: `cells` names a row for each, `real` those that are."""
+    """The rows of an arena's prompts, as [prompts, width]: `cells` names a row for each, `real` those that are."""
 
     arena: Arena
     width: int
@@ -183,6 +183,31 @@ class Cells:
                     other.place = prompt.place
             self._grids = None
 
+    def _arrange(self) -> None:
+        """Lay the rows out in grids, one for each arena with rows."""
+        lengths = [prompt.length for prompt in self.rows]
+        self._lengths = torch.tensor(lengths, device=self.device)
+        self._grids, self._before = [], 0
+        for arena in {id(prompt.arena): prompt.arena for prompt in self.rows}.values():
+            members: list[list[int]] = [[] for _ in range(arena.used)]
+            for row, prompt in enumerate(self.rows):
+                if prompt.arena is arena:
+                    members[prompt.place].append(row)
+            width = max(map(len, members))
+            cells = [(rows + (rows[:1] or [0]) * width)[:width] for rows in members]
+            real = [at * width + n for at, rows in enumerate(members) for n in range(len(rows))]
+            flat = [row for rows in members for row in rows]
+            self._grids.append(
+                _Grid(
+                    arena,
+                    width,
+                    torch.tensor([row for line in cells for row in line], device=self.device),
+                    torch.tensor(flat, device=self.device),
+                    None if len(real) == width * len(members) else torch.tensor(real, device=self.device),
+                )
+            )
+            self._before = max(self._before, arena.room)
+
     def settle(self, longest: int) -> None:
         """Bring up to date what changes when rows come and go; none has more than `longest` tokens of its own."""
         if self._grids is None:
@@ -195,8 +220,9 @@ class Cells:
         self._plan, self._layer = _Plan(counts, self._longest), 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """The next layer's attention: query [1, heads, rows, dim] in, [1, rows, heads, dim] out. Keeps key and value."""
-        assert self._plan is not None and self._grids is not None
+        """The next layer's attention: query [1, heads, rows, dim] in, [1, rows, heads, dim] out. Keeps the others."""
+        assert self._plan is not None
+        assert self._grids is not None
         plan, layer, self._layer = self._plan, self._layer, self._layer + 1
         rows, heads, dim = len(self.rows), key.shape[1], key.shape[3]
         group, longest, before = query.shape[1] // heads, plan.longest, self._before
@@ -247,13 +273,14 @@ class Cells:
 
 
 def _spread(grid: _Grid, items: Tensor) -> Tensor:
-    """Rows [rows, heads, group, width] as the grid's products take them, [prompts * heads, rows each * group, width]."""
-    laid = items.index_select(0, grid.cells).unflatten(0, (-1, grid.width)).transpose(1, 2)
+    """[rows, heads, group, width] as the grid's products take them, [prompts * heads, rows each * group, width]."""
+    laid = items.index_select(0, grid.cells)
+    laid = laid.view(-1, grid.width, *laid.shape[1:]).transpose(1, 2)
     return laid.flatten(0, 1).flatten(1, 2)
 
 
 def _gathered(grid: _Grid, part: Tensor, group: int) -> Tensor:
-    """The other way: [prompts * heads, rows each * group, width] as [rows, heads, group, width], in `grid.rows`' order."""
+    """The other way, to [rows, heads, group, width] in the order of `grid.rows`."""
     prompts = len(grid.cells) // grid.width
     laid = part.view(prompts, -1, grid.width, group, part.shape[-1]).transpose(1, 2).flatten(0, 1)
     return laid if grid.real is None else laid.index_select(0, grid.real)

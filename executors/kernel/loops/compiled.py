@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from tunesmith.executors.kernel.loops import attention
 from tunesmith.executors.kernel.loops.batches import Batch
@@ -49,17 +50,24 @@ class Layers:
     """A model's decoder layers, compiled while training and their own selves otherwise; `restore` undoes it.
 
     All layers share one compiled function. Attention stays outside of it: how a batch is packed changes every time.
+    Where a later shape does not compile, the layers go on as they were; `told` hears why.
     """
 
-    def __init__(self, layers: list[Any], backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(
+        self,
+        layers: list[Any],
+        backend: str | Callable[..., Any] = "inductor",
+        told: Callable[[str], None] | None = None,
+    ) -> None:
         self.layers = layers
+        self.told = told
         self._own = [layer.__dict__.get("forward") for layer in layers]
         kind = type(layers[0])
         forward = getattr(kind.forward, "__wrapped__", kind.forward)  # without what checkpoints it
-        compiled = torch.compile(forward, dynamic=True, backend=backend)
+        self._compiled = torch.compile(forward, dynamic=True, backend=backend)
         _open_attention()
         for layer in layers:
-            layer.forward = partial(_forward, layer, compiled, layer.forward)
+            layer.forward = partial(self._forward, layer, layer.forward)
 
     def restore(self) -> None:
         """Give the layers their own forward back."""
@@ -67,6 +75,24 @@ class Layers:
             del layer.forward
             if own is not None:
                 layer.forward = own
+
+    def _forward(self, layer: Any, usual: Any, *args: Any, **kwargs: Any) -> Any:
+        """A layer's forward: compiled where gradients are wanted, else its own."""
+        if not (layer.training and torch.is_grad_enabled()):
+            return usual(*args, **kwargs)
+        hidden = dict(kwargs)
+        if kwargs.get("documents") is not None:
+            hidden["documents"] = _Hidden(kwargs["documents"])
+        try:
+            if getattr(layer, "gradient_checkpointing", False):
+                return layer._gradient_checkpointing_func(partial(self._compiled, layer, **hidden), *args)
+            return self._compiled(layer, *args, **hidden)  # type: ignore[no-untyped-call]
+        except TorchDynamoException as error:
+            if self.told is None:
+                raise
+            self.restore()
+            self.told(_first_words(error))
+            return usual(*args, **kwargs)
 
 
 def layers_of(net: Net) -> list[Any]:
@@ -78,11 +104,19 @@ def layers_of(net: Net) -> list[Any]:
     return layers if len({type(layer) for layer in layers}) == 1 else []
 
 
-def offer(net: Net, batch: Batch, *, steps: int, backend: str | Callable[..., Any] = "inductor") -> Verdict:
+def offer(
+    net: Net,
+    batch: Batch,
+    *,
+    steps: int,
+    told: Callable[[str], None],
+    backend: str | Callable[..., Any] = "inductor",
+) -> Verdict:
     """Try a forward and a backward pass of a real batch both ways, and keep the faster one.
 
     Compiled layers stay where loss and gradients agree, a pass gains enough, and `steps` such passes gain more than
-    compiling took. Costs some ten passes and the compiling; gradients are cleared. No compiler's error is raised.
+    compiling took. Costs some ten passes and the compiling; gradients are cleared. No compiler's error is raised; one
+    that comes up in a later step is `told`, and the layers go on as they were.
     """
     began = time.perf_counter()
 
@@ -112,35 +146,29 @@ def offer(net: Net, batch: Batch, *, steps: int, backend: str | Callable[..., An
         return verdict(False, why="compiling ran out of memory")
     except Exception as error:  # a compiler of other people's: no toolchain, a bug, an operation it does not know
         compiled.restore()
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return verdict(False, why=f"it does not compile ({type(error).__name__}: {' '.join(lines[:2])[:200]})")
+        return verdict(False, why=f"it does not compile ({_first_words(error)})")
     gain = plain / fast
     if gain < GAIN or (plain - fast) * steps < spent:
         compiled.restore()
         return verdict(False, gain, f"compiled, it is {gain:.2f} times as fast, which {steps:,} steps do not pay for")
+    compiled.told = told
     return verdict(True, gain)
 
 
-def _forward(layer: Any, compiled: Any, usual: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward: compiled where gradients are wanted, else its own."""
-    if not (layer.training and torch.is_grad_enabled()):
-        return usual(*args, **kwargs)
-    documents = kwargs.get("documents")
-    if documents is not None:
-        kwargs["documents"] = _Hidden(documents)
-    if getattr(layer, "gradient_checkpointing", False):
-        return layer._gradient_checkpointing_func(partial(compiled, layer, **kwargs), *args)
-    return compiled(layer, *args, **kwargs)
+def _first_words(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:200]}"
 
 
 def _open_attention() -> None:
     """Let packed attention be called from compiled layers, itself not compiled."""
     from transformers import AttentionInterface
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def opened(module: nn.Module, *tensors: Any, documents: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
         lengths = documents.lengths if isinstance(documents, _Hidden) else documents
-        return attention.packed_attention(module, *tensors, documents=lengths, **kwargs)
+        query, key, value, mask = tensors
+        return attention.packed_attention(module, query, key, value, mask, documents=lengths, **kwargs)
 
     AttentionInterface.register(attention.NAME, opened)
 

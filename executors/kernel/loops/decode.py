@@ -130,7 +130,7 @@ class Decoder:
             hook.remove()
 
     def begin(self, lengths: Sequence[int], logits: Tensor, chances: Tensor | None) -> None:
-        """Begin the rows seated last: their prompts' lengths, the logits [rows, V] that follow, their chances [rows, n].
+        """Begin the rows seated last: their prompts' lengths, logits [rows, V] that follow, chances [rows, n].
 
         Their first tokens are drawn here. Without chances the likeliest are taken, now and in each step to come.
         """

@@ -33,7 +33,7 @@ def other_vendor(info: str | None = None) -> bool:
 @cache
 def _linear() -> Any:
     """oneDNN's linear layer, None where this torch has none or the processor is better served otherwise."""
-    if not other_vendor() or not torch.backends.mkldnn.is_available():
+    if not other_vendor() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
         return torch.ops.mkldnn._linear_pointwise.default

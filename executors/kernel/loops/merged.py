@@ -27,8 +27,8 @@ class Merged:
 
     def __init__(self, net: Net) -> None:
         self.net = net
-        self._layers: list[tuple[Any, nn.Parameter]] = []
-        self._casts: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._layers: list[tuple[Any, Tensor]] = []
+        self._casts: list[tuple[Tensor, Tensor]] = []
         shared: dict[int, Any] = {}
         for item in _tensors(net.causal):
             shared[id(item)] = item
@@ -46,7 +46,7 @@ class Merged:
         self.model.eval()
         self.head: Any = self.model.get_output_embeddings()
         if type(self.head) is nn.Linear and self.head.weight.device.type == "cpu":
-            self.head.forward = _Pieces(self.head)
+            self.head.forward = _Pieces(self.head)  # type: ignore[method-assign, assignment]
         self._trained = [item for _, item in net.trainable()]
         self._versions: list[int] = []
         self.refresh()
@@ -76,8 +76,9 @@ def _tensors(model: nn.Module) -> Iterator[Any]:
     """All that a copy of the model shall share: parameters, buffers, and what bitsandbytes keeps beside its weights."""
     for item in chain(model.parameters(), model.buffers()):
         yield item
-        if getattr(item, "quant_state", None) is not None:
-            yield item.quant_state
+        state = getattr(item, "quant_state", None)
+        if state is not None:
+            yield state
 
 
 def _mergeable(module: Any) -> bool:
@@ -97,7 +98,7 @@ def _mergeable(module: Any) -> bool:
     return module.lora_A["default"].bias is None and module.lora_B["default"].bias is None
 
 
-def _merge(layer: Any, own: nn.Parameter) -> None:
+def _merge(layer: Any, own: Tensor) -> None:
     variant = layer.lora_variant.get("default")
     if variant is not None:  # DoRA, as peft merges it; the norm it remembers is for taking the adapter out again
         own.copy_(variant.merge_safe(layer, "default", layer.base_layer.weight))

@@ -165,7 +165,8 @@ class Pages:
     def _copy(self) -> None:
         """Give new rows their copies of prompts' last pages."""
         if self._copies:
-            to, source = (torch.tensor(list(side), device=self.device) for side in zip(*self._copies.items(), strict=True))
+            both = zip(*self._copies.items(), strict=True)
+            to, source = (torch.tensor(list(side), device=self.device) for side in both)
             for pool in (*self._keys, *self._values):
                 pool.index_copy_(0, to, pool.index_select(0, source))
             self._copies = {}
@@ -189,7 +190,7 @@ class Pages:
         self._layer = 0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """The next layer's attention: query [1, heads, rows, dim] in, [1, rows, heads, dim] out. Keeps key and value."""
+        """The next layer's attention: query [1, heads, rows, dim] in, [1, rows, heads, dim] out. Keeps the others."""
         layer, self._layer = self._layer, self._layer + 1
         self._store(layer, key, value)
         rows, room = query.shape[2], self.width * PAGE
@@ -260,7 +261,7 @@ class Graphs:
         self._graphs[bucket]()
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

@@ -73,7 +73,8 @@ def is_narrow(layer: nn.Module) -> bool:
 
 def dequantised(layer: nn.Module) -> Tensor:
     """The weight [out, in] of a linear layer, or of the one that an adapter wraps: a fresh tensor where it is 4-bit."""
-    base: Any = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    wrapper: Any = layer
+    base: Any = wrapper.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight: Tensor = base.weight
     return read(weight, base.weight.quant_state) if is_narrow(base) else weight.detach()
 

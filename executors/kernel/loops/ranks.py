@@ -179,7 +179,7 @@ def meet(store: Any, place: str, rank: int, world: int, check: Callable[[], None
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> list[str]:
-    """The norm of each tensor, exactly: plain data that tells ranks whether they hold the same. Waits for the device."""
+    """The norm of each tensor, exactly: plain data that tells ranks whether they hold the same. Waits."""
     norms = torch._foreach_norm([item.detach() for item in tensors])
     return [float(norm).hex() for norm in norms]
 

@@ -13,7 +13,7 @@ import torch
 
 from tunesmith.executors.kernel.loops.batches import padded
 from tunesmith.executors.kernel.loops.cells import Cells
-from tunesmith.executors.kernel.loops.decode import Decoder, Store
+from tunesmith.executors.kernel.loops.decode import Decoder
 from tunesmith.executors.kernel.loops.merged import Merged
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.paged import Pages, affordable
@@ -40,9 +40,7 @@ class Rollout:
     `problems` says in words why a faster way was not taken.
     """
 
-    def __init__(
-        self, net: Net, *, stops: frozenset[int], max_completion: int, temperature: float, slots: int
-    ) -> None:
+    def __init__(self, net: Net, *, stops: frozenset[int], max_completion: int, temperature: float, slots: int) -> None:
         self.net = net
         self.stops = stops
         self.max_completion = max_completion
@@ -169,7 +167,8 @@ class Rollout:
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # any model's own code
-                found = f"fails on this model ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})"
+                said = (str(error).splitlines() or [""])[0][:120]
+                found = f"fails on this model ({type(error).__name__}: {said})"
             else:
                 if gap <= APART[self._exact()]:
                     return
@@ -186,9 +185,7 @@ class Rollout:
         """Mean distance of a few samples' log-probabilities from those of a plain pass of the model in training."""
         draw = torch.Generator().manual_seed(0)
         words = self.net.causal.get_input_embeddings().num_embeddings
-        asks = [
-            Ask(row, torch.randint(words, (length,), generator=draw).tolist(), (0, 1)) for row, length in TESTED
-        ]
+        asks = [Ask(row, torch.randint(words, (length,), generator=draw).tolist(), (0, 1)) for row, length in TESTED]
         samples = self._write(asks, "self-test", frozenset(), WRITTEN)
         assert samples is not None
         prompts = {ask.row: list(ask.ids) for ask in asks}

@@ -6,7 +6,7 @@ import torch
 from tunesmith.executors.kernel.loops import compiled, matrix
 from tunesmith.executors.kernel.loops.batches import packed, padded
 
-LORA, FULL = {}, {"kind": "none"}
+LORA, FULL = {"targets": ("q_proj", "up_proj")}, {"kind": "none"}
 
 pytestmark = [  # what torch itself does while it compiles
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -90,7 +90,7 @@ def test_an_offer_is_taken_where_it_gains(make_net, make_spec, make_rows, monkey
     net.outer.zero_grad()
     pace = iter([2.0] * compiled.RUNS + [1.0] * compiled.RUNS)
     monkeypatch.setattr(compiled, "_timed", lambda net, batch: next(pace))
-    verdict = compiled.offer(net, batch, steps=1_000_000, backend="eager")
+    verdict = compiled.offer(net, batch, steps=1_000_000, told=print, backend="eager")
     assert (verdict.kept, verdict.gain, verdict.why) == (True, 2.0, "")
     assert all(item.grad is None for _, item in net.trainable())
     before = graphs()
@@ -135,7 +135,7 @@ def test_an_offer_that_is_no_good_leaves_the_model_as_it_was(
     net.outer.zero_grad()
     if pace:
         monkeypatch.setattr(compiled, "_timed", pace)
-    verdict = compiled.offer(net, batch, steps=1_000_000, backend=backend)
+    verdict = compiled.offer(net, batch, steps=1_000_000, told=print, backend=backend)
     assert not verdict.kept
     assert said in verdict.why
     assert "long story" not in verdict.why
@@ -148,15 +148,26 @@ def test_few_steps_do_not_pay_for_compiling(make_net, make_spec, make_rows, monk
     net, batch = make_net(make_spec()), packed(make_rows(4), 200)[0]
     pace = iter([2e-6] * compiled.RUNS + [1e-6] * compiled.RUNS)
     monkeypatch.setattr(compiled, "_timed", lambda net, batch: next(pace))
-    verdict = compiled.offer(net, batch, steps=3, backend="eager")
+    verdict = compiled.offer(net, batch, steps=3, told=print, backend="eager")
     assert not verdict.kept
     assert verdict.gain == pytest.approx(2.0)
     assert "3 steps do not pay" in verdict.why
 
 
+def test_a_shape_that_does_not_compile_later_leaves_the_layers_as_they_were(make_net, make_spec, make_rows):
+    net, batch, said = make_net(make_spec()), packed(make_rows(4), 200)[0], []
+    plain = gradients(net, batch)
+    layers = compiled.Layers(compiled.layers_of(net), broken)
+    layers.told = said.append
+    same(gradients(net, batch), plain)
+    assert len(said) == 1
+    assert "no compiler here" in said[0]
+    assert not any("forward" in vars(layer) for layer in net.causal.model.layers)
+
+
 def test_dropout_is_left_alone(make_net, make_spec, make_rows):
     net = make_net(make_spec(adapter={"dropout": 0.1}))
-    verdict = compiled.offer(net, packed(make_rows(4), 200)[0], steps=10, backend="eager")
+    verdict = compiled.offer(net, packed(make_rows(4), 200)[0], steps=10, told=print, backend="eager")
     assert not verdict.kept
     assert graphs() == 0
 
@@ -166,5 +177,5 @@ def test_inductor_on_a_gpu(make_model, make_spec, make_rows):
     from tunesmith.executors.kernel.loops import model as models
 
     net = models.ready(make_model().bfloat16(), make_spec(dtype="bfloat16"), torch.device("cuda"))
-    verdict = compiled.offer(net, packed(make_rows(4), 200)[0], steps=1_000_000)
+    verdict = compiled.offer(net, packed(make_rows(4), 200)[0], steps=1_000_000, told=print)
     assert verdict.kept or "times as fast" in verdict.why

@@ -307,7 +307,8 @@ torch.set_num_threads(1)
 peak = [0]
 def made(name, layers):
     folder = pathlib.Path(sys.argv[1], name)
-    shape = dict(vocab_size=64, hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=layers)
+    shape = dict(vocab_size=64, hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    shape["num_hidden_layers"] = layers
     LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().save_pretrained(folder, max_shard_size="30MB")
     return folder
 def held():
