@@ -379,12 +379,6 @@ def test_weight_decay_leaves_vectors_alone(make_bench, make_spec, make_rows):
     assert decays["model.layers.0.self_attn.q_proj.weight"] == 0.1
 
 
-def test_an_eight_bit_optimizer_on_a_cpu_is_refused_in_words(make_bench, make_spec, make_rows):
-    with pytest.raises(InputError) as caught:
-        make_bench(make_spec(optimizer="adamw-8bit"), make_rows(4))
-    assert caught.value.code == "train.optimizer"
-
-
 @pytest.mark.slow
 def test_bfloat16_learns(make_bench, make_spec, make_rows):
     for adapter in ({}, {"kind": "none"}, {"dropout": 0.1}):
