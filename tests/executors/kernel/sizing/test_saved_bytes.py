@@ -83,7 +83,7 @@ def saved(trained, tokens):
 @pytest.mark.parametrize("kind", ["lora", "dora", "none"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "phi3"])
 def test_the_formula_counts_what_autograd_keeps(model_type, kind, dtype, shape):
-    """Exact for Llama and Qwen3; within 6 % for the families whose rarer paths are simplified."""
+    """Exact for Llama and Qwen3; within 9 % for the families whose rarer paths are simplified."""
     counts = {}
     for layers in (2, 4):
         trained, facts, rank = net(model_type, shape, kind, dtype, layers=layers)
@@ -93,7 +93,7 @@ def test_the_formula_counts_what_autograd_keeps(model_type, kind, dtype, shape):
         facts=facts, kind=kind, rank=rank, targets=tuple(facts.linears), dtype=dtype, tokens=256, longest=64
     )  # fmt: skip
     exact = model_type in ("llama", "qwen3")
-    assert saved_per_token(layout) == pytest.approx(counted, rel=1e-9 if exact else 0.06)
+    assert saved_per_token(layout) == pytest.approx(counted, rel=1e-9 if exact else 0.09)
     assert exact or saved_per_token(layout) >= 0.99 * counted
 
 
