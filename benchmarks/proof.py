@@ -31,7 +31,20 @@ PYTHON = sys.executable
 PYTEST = (PYTHON, "-P", "-m", "pytest", "-q", "--timeout=3600", "-m", "proof")
 ITEMS = (
     Item("startup", "help <= 0.2 s, plan <= 1.0 s", (PYTHON, "benchmarks/startup.py")),
-    Item("gsm8k", "200 rows of GSM8K, 20 steps: succeeded, and the loss fell", (*PYTEST, "tests/end_to_end")),
+    Item("sft-throughput", "SFT against TRL", (PYTHON, "benchmarks/sft_throughput.py", "--as-is")),
+    Item("dpo-throughput", "DPO against TRL", (PYTHON, "benchmarks/dpo_throughput.py")),
+    Item("grpo-step", "a GRPO step against TRL's", (PYTHON, "benchmarks/grpo_step.py", "--as-is")),
+    Item(
+        "deaths",
+        "100 runs killed at random points, also inside saves",
+        (*PYTEST, "tests/executors/kernel/test_deaths.py"),
+    ),
+    Item("learning", "GRPO raises the reward of held-out prompts", (*PYTEST, "tests/end_to_end/test_learning.py")),
+    Item(
+        "gsm8k",
+        "200 rows of GSM8K, 20 steps: succeeded, and the loss fell",
+        (*PYTEST, "tests/end_to_end/test_whole_job.py"),
+    ),
     Item("fresh-clone", "an empty clone and HOME: make demo, then make test", (PYTHON, "benchmarks/fresh_clone.py")),
     Item("full-counts", "every test marked proof", PYTEST),
 )

@@ -33,13 +33,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for start, stop in _chunks(hidden, weight):
             part, wanted = hidden[start:stop], targets[start:stop, None]
-            logits = matrix.onto(part, weight).float()
-            norm = torch.logsumexp(logits, -1, keepdim=True)
-            total += (norm - logits.gather(1, wanted)).sum()
+            logps = torch.log_softmax(matrix.onto(part, weight).float(), -1)
+            found = logps.gather(1, wanted)
+            total -= found.sum()
             if not (wants_hidden or wants_weight):
                 continue
-            slope = logits.sub_(norm).exp_()
-            slope.scatter_add_(1, wanted, torch.full_like(norm, -1.0))
+            slope = logps.exp_()
+            slope.scatter_add_(1, wanted, torch.full_like(found, -1.0))
             slope = slope.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[start:stop] = slope @ weight
