@@ -48,9 +48,7 @@ def test_grpo_learns_to_add(machine, smollm2: Path, tmp_path: Path, capsys) -> N
     trained = [point[1] for point in series["train/reward"]]
     with capsys.disabled():
         print(f"\nmean reward of 40 held-out prompts: {held_out[0]:.3f} before, {held_out[30]:.3f} after 30 steps")
-        print(
-            f"while training: {sum(trained[:5]) / 5:.3f} in the first five, {sum(trained[-5:]) / 5:.3f} last"
-        )
+        print(f"while training: {sum(trained[:5]) / 5:.3f} in the first five, {sum(trained[-5:]) / 5:.3f} last")
     assert len(trained) == 30
     assert held_out[30] > held_out[0] + 0.1
     assert sum(trained[-5:]) / 5 > sum(trained[:5]) / 5 + 0.1
