@@ -392,7 +392,7 @@ class Engine:
             self._judge(-value if evaluation.higher else value)
 
     def _assessed(self, evaluation: Method, step: int) -> Iterator[tuple[Tensor | float, int]]:
-        size, rows = int(self.train.effective_batch), len(evaluation.rows)
+        size, rows = max(int(self.train.effective_batch), evaluation.at_once), len(evaluation.rows)
         for start in range(0, rows, size):
             self.reporter.progress("evaluating", start, rows, unit="rows", step=step)
             chosen = range(start, min(start + size, rows))

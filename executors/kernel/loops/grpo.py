@@ -154,6 +154,7 @@ class Grpo:
         self.stopped = stopped
         self.ranks = ranks
         self.repeats = spec.num_iterations
+        self.at_once = rollout.slots * ranks.world
         self.meter = Meter("reward", *_NAMES, *(f"rewards/{name}" for name in judge.scorer.names))
         self._groups: list[Group] = []
         self._round = -1

@@ -1,7 +1,8 @@
-"""Products with a frozen matrix in float32 on CPUs: by oneDNN where MKL, torch's own way, does not know the processor.
+"""Products with a frozen matrix on CPUs: by oneDNN where that is faster than torch's own way.
 
-MKL takes slow paths on processors that are not Intel's. Which of the two is asked follows from the processor and the
-shapes alone, never from a measurement, so that a run that is resumed computes what it would have computed.
+In training that is float32 on processors that are not Intel's, for which MKL takes slow paths; in writing samples, where
+few rows meet every weight, a matrix that lies packed as oneDNN reads it. Which is asked follows from the processor and
+the shapes alone, never from a measurement, so that a run that is resumed computes what it would have computed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def other_vendor(info: str | None = None) -> bool:
 
 @cache
 def _linear() -> Any:
-    """oneDNN's linear layer, None where this torch has none or the processor is better served otherwise."""
-    if not other_vendor() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """oneDNN's linear layer, None where this torch has none."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
         return torch.ops.mkldnn._linear_pointwise.default
@@ -47,8 +48,41 @@ def onto(x: Tensor, w: Tensor) -> Tensor:
     The way back, grad @ w, is left to torch: oneDNN is no faster there, even on a weight that is packed for it.
     """
     plain = x.device.type == "cpu" and x.dtype == w.dtype == torch.float32 and x.dim() == 2 and x.shape[0] > 0
-    linear = _linear() if plain else None
+    linear = _linear() if plain and other_vendor() else None
     if linear is None:
         return x @ w.t()
     y: Tensor = linear(x.contiguous(), w, None, "none", [], "")
     return y
+
+
+class Packed:
+    """The forward of a frozen linear layer whose weight lies as oneDNN reads it.
+
+    `pack` takes a weight [out, in]; the product is x [..., in] @ weight.T + bias in its type. For 16 rows and the layers
+    of SmolLM2-135M it takes 0.6 of the time of torch's own, which packs the weight anew each time.
+    """
+
+    def __init__(self, bias: Tensor | None) -> None:
+        self.bias = bias
+        self.weight: Tensor | None = None
+
+    @staticmethod
+    def possible(dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether weights of this type can be packed here."""
+        if device.type != "cpu" or _linear() is None:
+            return False
+        try:
+            with torch.no_grad():
+                probe = Packed(None)
+                probe.pack(torch.zeros(16, 16, dtype=dtype))
+                return bool((probe(torch.zeros(2, 16, dtype=dtype)) == 0).all())
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return False
+
+    def pack(self, weight: Tensor) -> None:
+        """Take this weight from now on. Costs one reading and writing of it."""
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = _linear()(x, self.weight, self.bias, "none", [], "")
+        return y

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.executors.kernel.loops import quantised
+from tunesmith.executors.kernel.loops import matrix, quantised
 from tunesmith.executors.kernel.loops.model import Net
 
 PIECE = 512
@@ -22,12 +22,14 @@ class Merged:
     Layers with an adapter become plain linear layers with weights of their own: W + scale * B @ A, in the type of W; a
     4-bit base is read back into the type it was quantised from. Full weights in float32 under autocast get a copy of
     their linear layers in the type that autocast computes in; in float32 nothing is copied. All else is shared: norms,
-    embeddings, head, layers that are not adapted, and adapters of another make, which keep peft's own forward.
+    embeddings, head, layers that are not adapted, and adapters of another make, which keep peft's own forward. On a CPU
+    the merged weights lie packed (matrix.Packed).
     """
 
     def __init__(self, net: Net) -> None:
         self.net = net
-        self._layers: list[tuple[Any, Tensor]] = []
+        self._layers: list[tuple[Any, Tensor | matrix.Packed]] = []
+        self._bytes = 0
         self._casts: list[tuple[Tensor, Tensor]] = []
         shared: dict[int, Any] = {}
         for item in _tensors(net.causal):
@@ -36,12 +38,17 @@ class Merged:
             if _mergeable(module):
                 base = module.base_layer
                 weight = quantised.dequantised(base)
-                shared[id(module)] = own = _linear(weight.shape, weight.dtype, weight.device, base.bias)
-                self._layers.append((module, own.weight))
+                packed = net.autocast is None and matrix.Packed.possible(weight.dtype, weight.device)
+                shared[id(module)] = own = _linear(weight.shape, weight.dtype, weight.device, base.bias, empty=packed)
+                if packed:
+                    own.forward = matrix.Packed(base.bias)  # type: ignore[method-assign, assignment]
+                self._layers.append((module, own.forward if packed else own.weight))  # type: ignore[arg-type]
+                self._bytes += weight.numel() * weight.element_size()
             elif not net.adapted and net.autocast is not None and type(module) is nn.Linear:
                 weight = module.weight
                 shared[id(module)] = own = _linear(weight.shape, net.autocast, weight.device, module.bias)
                 self._casts.append((module.weight, own.weight))
+                self._bytes += own.weight.numel() * own.weight.element_size()
         self.model: Any = copy.deepcopy(net.causal, shared)
         self.model.eval()
         self.head: Any = self.model.get_output_embeddings()
@@ -55,7 +62,10 @@ class Merged:
     def refresh(self) -> None:
         """Merge the weights as they are now, in place. Costs one product of rank r for each adapted layer."""
         for layer, own in self._layers:
-            _merge(layer, own)
+            if isinstance(own, matrix.Packed):
+                own.pack(_merge(layer))
+            else:
+                _merge(layer, own)
         if self._casts:
             torch._foreach_copy_([own for _, own in self._casts], [weight for weight, _ in self._casts])
         self._versions = [item._version for item in self._trained]
@@ -68,8 +78,7 @@ class Merged:
     @property
     def own_bytes(self) -> int:
         """Bytes of the weights that are not shared."""
-        weights = chain((own for _, own in self._layers), (own for _, own in self._casts))
-        return sum(own.numel() * own.element_size() for own in weights)
+        return self._bytes
 
 
 def _tensors(model: nn.Module) -> Iterator[Any]:
@@ -98,25 +107,32 @@ def _mergeable(module: Any) -> bool:
     return module.lora_A["default"].bias is None and module.lora_B["default"].bias is None
 
 
-def _merge(layer: Any, own: Tensor) -> None:
+def _merge(layer: Any, own: Tensor | None = None) -> Tensor:
+    """The layer's weight with its adapter, in the weight's type; written to `own` if there is one."""
     variant = layer.lora_variant.get("default")
     if variant is not None:  # DoRA, as peft merges it; the norm it remembers is for taking the adapter out again
-        own.copy_(variant.merge_safe(layer, "default", layer.base_layer.weight))
+        merged: Tensor = variant.merge_safe(layer, "default", layer.base_layer.weight)
         layer._cache_pop("default-weight_norm")
-        return
-    weight, scale = quantised.dequantised(layer), layer.scaling["default"]
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    if own.dtype == a.dtype == b.dtype == weight.dtype:
-        torch.addmm(weight, b, a, alpha=scale, out=own)
     else:
-        own.copy_(torch.addmm(weight.float(), b.float(), a.float(), alpha=scale))
+        weight, scale = quantised.dequantised(layer), layer.scaling["default"]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if a.dtype == b.dtype == weight.dtype and (own is None or own.dtype == weight.dtype):
+            return torch.addmm(weight, b, a, alpha=scale, out=own)
+        merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+    return merged if own is None else own.copy_(merged)
 
 
-def _linear(shape: torch.Size, dtype: torch.dtype, device: torch.device, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear layer with an empty weight [out, in] of its own and a shared bias."""
+def _linear(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, bias: nn.Parameter | None, *, empty: bool = False
+) -> nn.Linear:
+    """A linear layer with a weight [out, in] of its own, not yet filled, and a shared bias.
+
+    Where it shall be `empty`, a weight of that shape which takes no memory.
+    """
     with torch.device("meta"):
         linear = nn.Linear(shape[1], shape[0], bias=False)
-    linear.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    weight = torch.empty((1, 1) if empty else shape, dtype=dtype, device=device).expand(shape)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = bias  # type: ignore[assignment]
     return linear
 

@@ -73,6 +73,7 @@ class Method(Protocol):
     rows      what the sampler picks from
     repeats   optimizer steps taken on the same rows before others are picked
     foreseen  whether the batches follow from the rows alone, so that they can be made a step ahead
+    at_once   rows that are best evaluated together, where an optimizer step has fewer
     measure   what an evaluation's number is called; `higher` says whether more of it is better
     `loss` is a sum over `batch.weight` units (supervised tokens, preference pairs...); the engine divides by the units
     of the whole optimizer step, so that no layout changes the gradient.
@@ -84,6 +85,8 @@ class Method(Protocol):
     def repeats(self) -> int: ...
     @property
     def foreseen(self) -> bool: ...
+    @property
+    def at_once(self) -> int: ...
     @property
     def measure(self) -> str: ...
     @property
@@ -118,6 +121,7 @@ class Plain(ABC):
 
     repeats = 1
     foreseen = True
+    at_once = 1
     measure = "loss"
     higher = False
 

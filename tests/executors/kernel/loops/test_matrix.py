@@ -17,6 +17,7 @@ def asked(monkeypatch):
         return function(*args)
 
     monkeypatch.setattr(matrix, "_linear", lambda: linear)
+    monkeypatch.setattr(matrix, "other_vendor", lambda: True)
     return calls
 
 
@@ -46,3 +47,28 @@ def test_other_types_and_no_rows_go_the_usual_way(asked):
 )
 def test_the_vendor_is_read(info, other):
     assert matrix.other_vendor(info) is other
+
+
+@pytest.mark.parametrize("dtype, far", [(torch.float32, 1e-4), (torch.bfloat16, 0.25)])
+@pytest.mark.parametrize("rows", [1, 7, 16, 70])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_packed_weight_is_the_same_product(dtype, far, rows, biased):
+    if not matrix.Packed.possible(dtype, torch.device("cpu")):
+        assert dtype is not torch.float32
+        pytest.skip("this processor has no packed products of this type")
+    draw = torch.Generator().manual_seed(0)
+    bias = torch.randn(40, generator=draw).to(dtype) if biased else None
+    packed = matrix.Packed(bias)
+    for _ in range(2):  # packed anew, the old weight is gone
+        x, w = (torch.randn(size, 96, generator=draw).to(dtype) for size in (rows, 40))
+        packed.pack(w)
+        wanted = torch.nn.functional.linear(x, w, bias)
+        assert (packed(x) - wanted).abs().max() < far
+        assert packed(x[None]).shape == (1, rows, 40)
+
+
+def test_what_cannot_be_packed_is_known_beforehand(monkeypatch):
+    assert not matrix.Packed.possible(torch.float64, torch.device("cpu"))
+    assert not matrix.Packed.possible(torch.float32, torch.device("meta"))
+    monkeypatch.setattr(matrix, "_linear", lambda: None)
+    assert not matrix.Packed.possible(torch.float32, torch.device("cpu"))
