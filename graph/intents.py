@@ -9,7 +9,7 @@ import re
 from collections.abc import Set
 from typing import Literal
 
-from tunesmith.graph.rules import Rule, lead, say, tail
+from tunesmith.graph.rules import Hit, Rule, lead, say, tail
 from tunesmith.graph.sentence import REF
 
 
@@ -94,6 +94,14 @@ _BY_ME = f"(?:that |which )?(?:i|we|you)(?:'ve| have)?{tail('just recently alrea
 _AGO = "(?: (?:earlier|before|yesterday|last|today|recently))?"
 _RUN = "(?:fine_?tun\\w+|finetun\\w+|training|experiment|run|job)"
 
+_IT = lead("the my our this a an base model", 4) + "{R}(?= (?:on|with|using|over)\\b)"
+
+
+def first(hit: Hit) -> str:
+    """The word that a phrase begins with."""
+    return hit.low.split(" ", 1)[0]
+
+
 VERB_RULES: tuple[Rule, ...] = (
     *say(
         "verb",
@@ -114,10 +122,10 @@ VERB_RULES: tuple[Rule, ...] = (
         "verb.model",
         lambda hit: hit.refs[0],
         _BASE + "(?:e|ing)? " + lead("the my our this a an base model", 4) + "{R}(?! (?:data|dataset|rows|examples))",
-        "(?:teach|adapt|align|sft|dpo|grpo|kto|q?lora|dora) "
-        + lead("the my our this a an base model", 4)
-        + "{R}(?= (?:on|with|using|over)\\b)",
+        "(?:teach|adapt|align) " + _IT,
     ),
+    *say("", lambda hit: {"verb.model": hit.refs[0], "method": first(hit)}, "(?:sft|dpo|grpo|kto|rloo) " + _IT),
+    *say("", lambda hit: {"verb.model": hit.refs[0], "adapter.kind": first(hit)}, "(?:q?lora|dora) " + _IT),
     *say(
         "quick",
         True,

@@ -4,6 +4,7 @@ Its own further ranks are started with `--rank R --world N --parent PID` added (
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # SmolLM2-135M, for up to 1,024 shapes. Small caches serve one step and cost no speed (measured: none).
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# On import it asks for the package `kernels`, which runs code from a hub and is not wanted here.
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 
 def main() -> int:

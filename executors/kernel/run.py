@@ -363,6 +363,9 @@ class Run:
             task=self._task(),
             ranks=ranks,
         )
+        if scorer is not None:
+            scorer.state.max_steps = engine.total
+            self.reporter.listeners.append(scorer.state.note)
         for each in (method, evaluation):
             self._foresee(each, engine)
         return engine

@@ -281,6 +281,16 @@ TRAIN = {
     "Align my SFT model with DPO on prefs.jsonl, beta 0.2": a("job:last", "prefs.jsonl", method="dpo", dpo__beta=0.2),
     "align Qwen3-0.6B on prefs.jsonl": a(data="prefs.jsonl", method="dpo"),
     "preference tuning of Qwen3-0.6B with my-org/prefs": a(data="my-org/prefs", method="dpo"),
+    # a method or an adapter as the verb, before a model that is a path or a hub id
+    "KTO my-org/base on ratings.jsonl": a("my-org/base", "ratings.jsonl", method="kto"),
+    "DPO the model ./tiny with prefs.jsonl": a("./tiny", "prefs.jsonl", method="dpo"),
+    "GRPO my-org/base on sums.jsonl, 8 generations": a(
+        "my-org/base", "sums.jsonl", method="grpo", grpo__num_generations=8
+    ),
+    "RLOO my-org/base on sums.jsonl": a("my-org/base", "sums.jsonl", method="rloo"),
+    "sft my-org/base on data.jsonl": a("my-org/base"),
+    "DoRA my-org/base on data.jsonl": a("my-org/base", adapter__kind="dora"),
+    "QLoRA my-org/base on data.jsonl": a("my-org/base", adapter__kind="qlora"),
     "kto on kto_data.jsonl with qwen3-0.6b": a(data="kto_data.jsonl", method="kto"),
     "GRPO Qwen3-0.6B on openai/gsm8k with 8 generations per prompt, temperature 0.8, rewards.py as the reward": a(
         data="openai/gsm8k",

@@ -378,9 +378,13 @@ class Engine:
         total[1] = units
         meter = evaluation.meter.drain(self.net.device)
         self.ranks.sum_([total, meter])
-        value = float(total[0] / total[1].clamp(min=1))
         self._clock = time.perf_counter()
         self._pace.eval_seconds = self._clock - began
+        if not total[1]:
+            self.reporter.log(f"No held-out row has a {evaluation.measure} at step {step}.", "warning")
+            self.cursor.evaluated_step = step
+            return
+        value = float(total[0] / total[1])
         means = {f"eval/{name}": mean for name, mean in evaluation.meter.means(meter.flatten().tolist()).items()}
         self.reporter.metric({f"eval/{evaluation.measure}": value, **means}, step)
         rows = len(evaluation.rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 from tunesmith.executors.kernel.loops.rollout import Ask, Rollout, Sample
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.orchestrator.events import Kind
-from tunesmith.orchestrator.nouns import GrpoSpec
+from tunesmith.orchestrator.nouns import Finding, GrpoSpec
 
 _NAMES = (
     *("reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"),
@@ -36,6 +36,7 @@ _NAMES = (
 )
 CHECKED_EVERY = 20  # rounds; looking at the gap waits for the device
 SHOWN = 2  # answers of a step that are sent as samples
+SAID = 500  # characters of a column that a reward function logged
 STALE = {torch.float32: 1e-2, torch.bfloat16: 0.15, torch.float16: 0.15}  # mean gap of rollout and trainer, in nats
 
 
@@ -53,12 +54,21 @@ class Prompt(Protocol):
 
 
 class Scores(Protocol):
-    """Rewards of some answers: one value for each function, None where it does not apply, and the weighted sum."""
+    """Rewards of some answers: one value for each function, None where it does not apply, and the weighted sum.
+
+    `told` are means and `extra` columns (one value for each answer) that functions logged by themselves.
+    """
 
     @property
     def values(self) -> Sequence[Sequence[float | None]]: ...
     @property
     def totals(self) -> Sequence[float]: ...
+    @property
+    def told(self) -> Mapping[str, float]: ...
+    @property
+    def extra(self) -> Mapping[str, Sequence[Any]]: ...
+    @property
+    def alerts(self) -> Sequence[Finding]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,9 @@ class Unasked:
 
     values: tuple[Sequence[float | None], ...] = ()
     totals: tuple[float, ...] = ()
+    told: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    alerts: tuple[Finding, ...] = ()
 
 
 class Scorer(Protocol):
@@ -193,6 +206,7 @@ class Grpo:
         asked = self.ranks.share([self.rows[at] for at in picked])
         made = self._generate([Ask(row.row, row.ids, (0,)) for row in asked], turn, greedy=True)
         scores, _ = self.judge(asked, made, turn.step)
+        self._tell(scores, "eval", turn.step)
         known = [total for total in scores.totals if not math.isnan(total)]
         yield math.fsum(known), len(known)
         self._measure_functions(scores)
@@ -227,6 +241,7 @@ class Grpo:
         samples = self._generate(asks, turn, greedy=False)
         asked = [self.rows[at] for at in own for _ in range(count)]
         scores, texts = self.judge(asked, samples, turn.step)
+        self._tell(scores, "train", turn.step + 1)
         grouped = [list(scores.totals[start : start + count]) for start in range(0, len(samples), count)]
         parts = self.ranks.gather(grouped)
         before = sum(len(part) for part in parts[: self.ranks.rank])
@@ -280,6 +295,13 @@ class Grpo:
             known = [value for values in scores.values if (value := values[at]) is not None]
             self.meter.add(f"rewards/{name}", math.fsum(known), len(known))
 
+    def _tell(self, scores: Scores, place: str, step: int) -> None:
+        """Pass on what the functions said beside their numbers."""
+        for alert in scores.alerts:
+            self.reporter.alert(alert.code, alert.message, alert.level, where=alert.where)
+        if scores.told:
+            self.reporter.metric({f"{place}/{name}": value for name, value in scores.told.items()}, step)
+
     def _show(self, asked: Sequence[Prompt], texts: Sequence[str], scores: Scores, step: int) -> None:
         """Send the best and the worst answer of the first prompt."""
         count = min(len(texts), self.spec.num_generations)
@@ -287,7 +309,9 @@ class Grpo:
         for at in dict.fromkeys([*ranked[:1], *ranked[-1:]][:SHOWN]):
             rewards = dict(zip(self.judge.scorer.names, scores.values[at], strict=True))
             values = {"row": asked[at].row, "prompt": asked[at].prompt, "completion": texts[at], "rewards": rewards}
-            self.reporter.emit(Kind.SAMPLE, {**values, "reward": scores.totals[at]}, step)
+            told = {name: str(column[at])[:SAID] for name, column in scores.extra.items() if at < len(column)}
+            more = {"reward": scores.totals[at], **({"extra": told} if told else {})}
+            self.reporter.emit(Kind.SAMPLE, {**values, **more}, step)
 
     # --- the training pass ------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Products with a frozen matrix on CPUs: by oneDNN where that is faster than torch's own way.
 
-In training that is float32 on processors that are not Intel's, for which MKL takes slow paths; in writing samples, where
-few rows meet every weight, a matrix that lies packed as oneDNN reads it. Which is asked follows from the processor and
-the shapes alone, never from a measurement, so that a run that is resumed computes what it would have computed.
+In training that is float32 on processors that are not Intel's, for which MKL takes slow paths; in writing samples,
+where few rows meet every weight, a matrix that lies packed as oneDNN reads it. Which is asked follows from the
+processor and the shapes alone, never from a measurement, so that a resumed run computes what it would have computed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def onto(x: Tensor, w: Tensor) -> Tensor:
 class Packed:
     """The forward of a frozen linear layer whose weight lies as oneDNN reads it.
 
-    `pack` takes a weight [out, in]; the product is x [..., in] @ weight.T + bias in its type. For 16 rows and the layers
+    `pack` takes a weight [out, in]; the product is x [..., in] @ weight.T + bias in its type. For 16 rows and layers
     of SmolLM2-135M it takes 0.6 of the time of torch's own, which packs the weight anew each time.
     """
 

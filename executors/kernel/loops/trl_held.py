@@ -194,9 +194,8 @@ def reward_functions(names: Sequence[str], course: Course) -> list[Callable[...,
             if latest.get("of") is not completions:
                 scores = course.scored(at, prompts, completions, completion_ids)
                 latest.update(of=completions, scores=scores)
-                for key, value in scores.log.items():
-                    if not key.startswith("rewards/"):  # TRL logs these itself
-                        log_metric(key, value)
+                for key, value in scores.told.items():
+                    log_metric(key, value)
             return [values[index] for values in latest["scores"].values]
 
         reward.__name__ = name

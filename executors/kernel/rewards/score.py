@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.executors.kernel.rewards.call import Batch, Reward, Values, ask, ask_async, shown
+from tunesmith.orchestrator.events import Event, Kind
 from tunesmith.orchestrator.nouns import Finding
 
 if TYPE_CHECKING:
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 class Scores:
     """What a batch earned: one list of values per completion, one value per function; totals, NaN where all are None.
 
-    `log` holds rewards/NAME/mean and rewards/NAME/std over what was scored, and the means of what functions logged;
+    `log` holds rewards/NAME/mean and rewards/NAME/std over what was scored; `told` the means of what functions logged,
     `extra` the columns they logged. Each alert is given once in a job.
     """
 
     values: list[list[float | None]]
     totals: list[float]
     log: dict[str, float]
+    told: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
     alerts: tuple[Finding, ...] = ()
 
@@ -47,9 +49,16 @@ class State:
     is_world_process_zero: bool = True
     log_history: list[dict[str, float]] = field(default_factory=list)
 
+    def note(self, event: Event) -> None:
+        """Keep what was logged of a step, under transformers' names: those of ours without their first part."""
+        if event.kind is Kind.METRIC and event.step is not None:
+            values = {name.removeprefix("train/").replace("eval/", "eval_"): x for name, x in event.values.items()}
+            self.epoch = values.get("epoch", self.epoch)
+            self.log_history.append({**values, "step": event.step})
+
 
 class Rewards:
-    """The rewards of a job. Whoever trains may keep `state` up to date; `score` sets its global_step.
+    """The rewards of a job. Whoever trains keeps `state` up to date; `score` sets its global_step.
 
     `group` is how many completions each prompt gets.
     """
@@ -84,7 +93,7 @@ class Rewards:
         batch = Batch(prompts, completions, completion_ids, columns, self.tools(metrics, extra), rows)
         values = self.values(batch)
         totals = [total(row, self.weights) for row in values]
-        return Scores(values, totals, self._log(values, metrics), extra, self._alerts(batch, values))
+        return Scores(values, totals, self._log(values), _told(metrics), extra, self._alerts(batch, values))
 
     def tools(self, metrics: dict[str, list[float]], extra: dict[str, list[Any]]) -> dict[str, Any]:
         """What users' functions get beside the data: trainer_state, log_extra and log_metric, writing into these."""
@@ -112,7 +121,7 @@ class Rewards:
             if reward.guard is not None:
                 reward.guard.close()
 
-    def _log(self, values: Sequence[Sequence[float | None]], metrics: Mapping[str, list[float]]) -> dict[str, float]:
+    def _log(self, values: Sequence[Sequence[float | None]]) -> dict[str, float]:
         log: dict[str, float] = {}
         for place, name in enumerate(self.names):
             scored = [value for row in values if (value := row[place]) is not None]
@@ -122,11 +131,7 @@ class Rewards:
                 if len(scored) > 1:
                     squares = math.fsum((value - mean) ** 2 for value in scored)
                     log[f"rewards/{name}/std"] = math.sqrt(squares / (len(scored) - 1))
-        return log | {
-            name: math.fsum(numbers) / len(numbers)
-            for name, numbers in metrics.items()
-            if numbers and all(map(math.isfinite, numbers))
-        }
+        return log
 
     def _alerts(self, batch: Batch, values: Sequence[Sequence[float | None]]) -> tuple[Finding, ...]:
         found: list[tuple[str, str, str]] = []
@@ -146,6 +151,11 @@ class Rewards:
         return tuple(
             Finding(level="warning", code=code, message=message, where=where) for code, message, where in fresh
         )
+
+
+def _told(metrics: Mapping[str, list[float]]) -> dict[str, float]:
+    finite = {name: numbers for name, numbers in metrics.items() if numbers and all(map(math.isfinite, numbers))}
+    return {name: math.fsum(numbers) / len(numbers) for name, numbers in finite.items()}
 
 
 def total(values: Sequence[float | None], weights: Sequence[float]) -> float:

@@ -233,6 +233,10 @@ class Evens:
 class Earned:
     """What answers earned."""
 
+    told = {}
+    extra = {}
+    alerts = ()
+
     def __init__(self, values, totals):
         self.values, self.totals = values, totals
 

@@ -96,6 +96,9 @@ class Scorer:
 class Scored:
     values: list
     totals: list
+    told = {}
+    extra = {}
+    alerts = ()
 
 
 def trl_run(make_model, state, prompts, spec, steps, tmp_path, *, accumulate, rate, full):

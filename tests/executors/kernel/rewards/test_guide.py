@@ -30,7 +30,7 @@ def test_its_functions_run(own, load):
             [0.0, 1.0, 0.0, 0.0],
             [None, 0.5, None, 0.5],
         ]
-        assert scores.log["judge/step"] == 3.0
+        assert scores.told["judge/step"] == 3.0
 
 
 def test_its_specs_can_be_read():

@@ -120,8 +120,8 @@ def test_what_functions_log_comes_back():
 
     scores = run(logs)
     assert scores.extra == {"upper": ["A", "BB", "CCC"]}
-    assert scores.log["share"] == 0.5
-    assert "odd" not in scores.log
+    assert scores.told["share"] == 0.5
+    assert "odd" not in scores.told
 
 
 def test_numbers_of_every_kind_are_numbers():

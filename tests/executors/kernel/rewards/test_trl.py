@@ -121,7 +121,7 @@ def test_values_totals_and_logs_are_trls(trl, own, load):
     torch.testing.assert_close(values, theirs, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(torch.tensor(ours.totals), totals, rtol=1e-6, atol=1e-6)
     assert found.names == NAMES
-    assert ours.log["judged"] == sum(trl._pending_metrics["judged"]) / len(trl._pending_metrics["judged"])
+    assert ours.told["judged"] == sum(trl._pending_metrics["judged"]) / len(trl._pending_metrics["judged"])
     assert ours.extra == dict(trl._pending_extra_logs)
     from trl.trainer.utils import nanstd
 
