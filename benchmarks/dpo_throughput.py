@@ -39,7 +39,7 @@ def ours(found: list[Any], steps: int, folder: Any, kept: dict[str, Any]) -> sid
     spec = sides.spec_of(
         folder, method="dpo", train={"max_steps": steps, "effective_batch": BATCH, "max_length": LIMIT}
     )
-    trees = [Tree(pair.row, pair.prompt, (pair.chosen, pair.rejected)) for pair in found]
+    trees = [Tree(pair.row, pair.prompt, (pair.chosen, pair.rejected), pair.unscored) for pair in found]
 
     def method(net: Any, reporter: Any) -> Any:
         return Dpo(net, trees, DpoSpec(), micro_batch=2, max_length=LIMIT, packing=True, pad_id=0)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.graph.route import newest
 from tunesmith.orchestrator.nouns import Finding, JobSpec
 from tunesmith.orchestrator.ports import AttemptView, JobView
 from tunesmith.orchestrator.states import AttemptState
@@ -53,13 +54,13 @@ def diagnose(attempt: AttemptView, spec: JobSpec | None, view: JobView) -> Diagn
 
 
 def resume_point(view: JobView) -> str | None:
-    """The newest checkpoint of any attempt, relative to the job's folder; None where nothing was saved."""
-    for attempt in sorted(view.attempts, key=lambda item: item.number, reverse=True):
-        if attempt.checkpoint is not None:
-            return attempt.checkpoint
-        if attempt.resumed_from is not None:
-            return attempt.resumed_from
-    return None
+    """The newest checkpoint that the newest attempt can go on from, relative to the job's folder; None without one.
+
+    That is its own, or the one it began with. Those of earlier attempts may belong to another plan: an attempt that
+    began with none is the first, the first of another plan, or follows one that had nothing to hand on.
+    """
+    last = newest(view)
+    return None if last is None else last.checkpoint or last.resumed_from
 
 
 def error_doc(attempt: AttemptView, found: Diagnosis) -> dict[str, Any]:

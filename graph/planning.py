@@ -326,7 +326,7 @@ def _sized(stage: StageDraft, draft: Draft, known: Sequence[Device], cache: Path
     if spec.backend != chosen.backend:
         resolved.append(Resolved(key="backend", value=chosen.backend, why="the first that is ready and fits"))
         spec = replace(spec, backend=chosen.backend)
-    if spec.hardware != chosen.hardware:
+    if spec.hardware != chosen.hardware and not _several(spec.hardware):
         resolved.append(Resolved(key="hardware", value=chosen.hardware, why=f"what is ready on {chosen.backend}"))
         spec = replace(spec, hardware=chosen.hardware)
     return stage.noting(
@@ -347,7 +347,9 @@ def _fit(stage: StageDraft, facts: Any, device: Device, teacher: Any) -> Fit:
     if device.why_not is not None:
         return Fit(device=device, fits=False, why_not=device.why_not)
     try:
-        spec = replace(stage.spec, backend=device.backend, hardware=device.hardware)
+        kept = _several(stage.spec.hardware) and _is_wanted(stage.spec.hardware, device)
+        hardware = stage.spec.hardware if kept else device.hardware
+        spec = replace(stage.spec, backend=device.backend, hardware=hardware)
         _, sized, time, _, notes = sizing.resolve(spec, facts, stage.data, device, teacher)
     except TunesmithError as error:
         return Fit(device=device, fits=False, why_not=error.message)
@@ -388,6 +390,13 @@ def _is_wanted(hardware: str | Mapping[str, Any] | None, device: Device) -> bool
     if asked in ("gpu", "cuda"):
         return device.kind != "cpu"
     return asked == name or asked == device.kind or (len(asked) > 1 and name.startswith(asked))
+
+
+def _several(hardware: str | Mapping[str, Any] | None) -> bool:
+    """Whether a spec asks for several processes: then that stands, for no device's name says how many."""
+    from tunesmith.executors.kernel.sizing.rows import processes
+
+    return processes(hardware) > 1
 
 
 def _squeezed(name: str) -> str:

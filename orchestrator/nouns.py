@@ -145,12 +145,13 @@ class DpoSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoSpec:
-    """Group relative policy optimisation; rloo reads all but `loss` and `scale_rewards`.
+    """Group relative policy optimisation; rloo reads all but `loss`, `scale_rewards` and `vllm`.
 
     Ratios are clipped to [1 - epsilon, 1 + epsilon_high], where a missing `epsilon_high` is epsilon. Advantages are
     divided by the standard deviation of their group's rewards, of the whole step's (batch), or by nothing.
     `mask_truncated` leaves completions that were cut at `max_completion` out of the loss. `reward_weights` has one
-    number for each reward; empty means 1 each.
+    number for each reward; empty means 1 each. `vllm` is the share of a GPU's memory that vLLM takes to write answers
+    with; 0 is the kernel's own rollout.
     """
 
     num_generations: Annotated[int, Ge(2)] = 8
@@ -165,6 +166,7 @@ class GrpoSpec:
     mask_truncated: bool = False
     rewards: tuple[str, ...] = ("auto",)
     reward_weights: tuple[float, ...] = ()
+    vllm: Annotated[float, Ge(0), Lt(1)] = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,9 @@ def write(folder: Path, fill: Callable[[Path], None], **facts: Any) -> Written:
     """
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     with storage_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.parent.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            flush_folder(folder.parent.parent)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         try:
@@ -152,9 +154,14 @@ def newest_verified(checkpoints: Path) -> Found:
     return Found(None, {}, tuple(passed))
 
 
-def keep(checkpoints: Path, count: int, also: set[int] | None = None) -> None:
-    """Remove all but the newest `count` checkpoints and the steps in `also`. A failure to remove is no failure."""
-    for at, (step, path) in enumerate(steps(checkpoints)):
+def keep(checkpoints: Path, count: int, also: set[int] | None = None, *, newest: int | None = None) -> None:
+    """Remove all but the newest `count` checkpoints and the steps in `also`. A failure to remove is no failure.
+
+    Those of steps after `newest`, the one just written, do not count: they are damaged ones that a resumed run passed
+    over, and it will write them anew.
+    """
+    found = [(step, path) for step, path in steps(checkpoints) if newest is None or step <= newest]
+    for at, (step, path) in enumerate(found):
         if at >= count and step not in (also or set()):
             going = path.with_name(f".{path.name}.old")
             with contextlib.suppress(OSError):

@@ -19,11 +19,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tunesmith.executors.kernel.sizing.rows import processes
 from tunesmith.orchestrator.errors import InputError, JobFailed, TunesmithError, from_doc
 
 if TYPE_CHECKING:
@@ -47,39 +49,42 @@ class Seat:
     world: int = 1
 
 
-def processes(hardware: str | Mapping[str, Any] | None) -> int:
-    """How many processes the spec asks for: one for each of {gpus: N}, or {processes: N} on a CPU; otherwise one."""
-    if not isinstance(hardware, Mapping):
-        return 1
-    count = hardware.get("gpus") or hardware.get("processes")
-    return max(1, count) if isinstance(count, int) else 1
-
-
 def devices(hardware: str | Mapping[str, Any] | None) -> list[torch.device]:
-    """The device of each process: GPUs of one kind, beginning with the current one, or the CPU.
+    """The device of each process: GPUs of one kind, the current one before others, or the CPU.
 
+    A name means GPUs that are called so. Where nothing is asked for, a CPU will do.
     Raises InputError (hardware.gpus) where there are fewer GPUs than asked for.
     """
     import torch
 
     count = processes(hardware)
-    cpu = hardware == "cpu" or (isinstance(hardware, Mapping) and not hardware.get("gpus", "processes" not in hardware))
-    if cpu or (count == 1 and not torch.cuda.is_available()):
+    if hardware == "cpu" or (isinstance(hardware, Mapping) and not hardware.get("gpus", "processes" not in hardware)):
         return [torch.device("cpu")] * count
-    first = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    if count == 1:
-        return [torch.device("cuda", first)]
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    alike = [first, *(index for index, name in enumerate(names) if index != first and name == names[first])]
-    if len(alike) < count or not names:
-        found = f"{len(alike)} of the same kind ({names[first]})" if names else "none"
-        raise InputError(
-            f"The job asks for {count} GPUs, and this machine has {found}.",
-            code="hardware.gpus",
-            where="hardware.gpus",
-            fix="Ask for as many as there are.",
-        )
-    return [torch.device("cuda", index) for index in alike[:count]]
+    there = torch.cuda.is_available()
+    if hardware in (None, "auto", {}) and not there:
+        return [torch.device("cpu")]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if there else []
+    first = torch.cuda.current_device() if there else 0
+    order = sorted(range(len(names)), key=lambda index: index != first)
+    wanted = hardware if isinstance(hardware, str) and hardware not in ("auto", "gpu", "cuda") else None
+    for kind in dict.fromkeys(names[index] for index in order):
+        alike = [index for index in order if names[index] == kind]
+        if wanted in (None, kind) and len(alike) >= count:
+            return [torch.device("cuda", index) for index in alike[:count]]
+    raise _no_gpus(f"{count} GPUs" if count > 1 else "a GPU" if wanted is None else f"the GPU {wanted!r}", names)
+
+
+def _no_gpus(wanted: str, names: Sequence[str]) -> InputError:
+    kinds = ", ".join(f"{count} {name}" for name, count in Counter(names).items())
+    return InputError(
+        f"The job asks for {wanted}, and this machine has {kinds or 'none'}.",
+        code="hardware.gpus",
+        why="A job runs on what its plan was made for, on GPUs of one kind."
+        if names
+        else "PyTorch can use none here: it may be built without CUDA, the driver too old, or every GPU hidden.",
+        where="hardware",
+        fix="Plan the job again for what is there." if names else 'Mend what is in the way, or set hardware to "cpu".',
+    )
 
 
 def bound(parent: int) -> None:
@@ -142,18 +147,14 @@ class Crew:
             self._joined.drop()
 
     def join(self, device: torch.device, pause: Callable[[], None]) -> Ranks:
-        """Meet the others once they have come as far; alone, there is nobody to wait for. `pause` may end the wait."""
+        """Meet the others once they have come as far; alone, there is nobody to wait for. `pause` may end this wait."""
         from tunesmith.executors.kernel.loops import ranks
 
         if self.seat.world == 1:
             return ranks.ALONE
 
-        def check() -> None:
-            self.check()
-            pause()
-
         place, rank, world = self.place / "meet", self.seat.rank, self.seat.world
-        self._joined = ranks.join(place, rank, world, device, lost=self.lost, check=check)
+        self._joined = ranks.join(place, rank, world, device, lost=self.lost, check=self.check, pause=pause)
         return self._joined
 
     def part(self, ranks: Ranks) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.executors.kernel import data
-from tunesmith.orchestrator.errors import InputError, TunesmithError
+from tunesmith.executors.kernel.explain import explained
+from tunesmith.executors.kernel.place import home_of
+from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import Attempt, build
 
 BATCH = 16
@@ -100,6 +101,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
     import torch
 
     tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
     with torch.inference_mode():
         made = model.generate(
@@ -112,8 +115,10 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
 def side_by_side(folder: Path, rows: int) -> Iterator[Answer]:
     """Answers of base and tuned to at most `rows` held-out rows of an ended attempt, longest wait one batch.
 
-    The adapter is loaded by plain peft onto plain transformers, as a user would.
+    The adapter is loaded by plain peft onto plain transformers, as a user would. Raises InputError for `rows` below 1.
     """
+    if rows < 1:
+        raise InputError("There is no row to answer.", code="evaluate.rows", where="--rows", fix="Set --rows above 0.")
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,8 +128,7 @@ def side_by_side(folder: Path, rows: int) -> Iterator[Answer]:
     attempt = build(Attempt, json.loads((folder / "attempt.json").read_text(encoding="utf-8")))
     chosen = list(islice(held_out(attempt), rows))
     kind = metric([reference for _, _, reference in chosen])
-    home = Path(os.environ["TUNESMITH_HOME"])
-    base_folder = weights.locate(attempt.spec.model, home / "cache")
+    base_folder = weights.locate(attempt.spec.model, home_of(folder.resolve()) / "cache")
     tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=False)
     dtype = torch.bfloat16 if attempt.spec.train.dtype == "bfloat16" else torch.float32
 
@@ -172,9 +176,10 @@ def main() -> int:
         for answer in side_by_side(arguments.attempt, arguments.rows):
             print(json.dumps(asdict(answer), ensure_ascii=False), flush=True)
             found.append(answer)
-    except TunesmithError as error:
-        print(json.dumps({"error": error.to_doc()}), flush=True)
-        return error.exit_code
+    except Exception as error:
+        known = explained(error)
+        print(json.dumps({"error": known.to_doc()}), flush=True)
+        return known.exit_code
     summary = {
         "rows": len(found),
         "metric": metric([answer.reference for answer in found]),

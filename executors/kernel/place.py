@@ -28,7 +28,7 @@ def offline() -> bool:
 
 
 def choose_device(hardware: Any, seat: Seat) -> torch.device:
-    """The device to train on: a GPU where there is one and the spec does not say cpu. Sets the threads of a CPU."""
+    """The device to train on, as the spec says; a GPU where it says nothing and there is one. Sets a CPU's threads."""
     import torch
 
     device = devices(hardware)[seat.rank]

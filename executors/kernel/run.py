@@ -11,23 +11,24 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.executors.kernel import checkpoint
 from tunesmith.executors.kernel.control import Control
-from tunesmith.executors.kernel.crew import LOST, Crew, Seat, devices, processes
+from tunesmith.executors.kernel.crew import LOST, Crew, Seat, devices
 from tunesmith.executors.kernel.explain import explained, stopped
 from tunesmith.executors.kernel.place import choose_device, home_of, offline
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.executors.kernel.silent import Silent
+from tunesmith.executors.kernel.sizing.rows import processes
 from tunesmith.executors.kernel.spoken import speak
 from tunesmith.executors.kernel.track import Track
 from tunesmith.orchestrator.errors import InputError, Stopped, StorageError, TunesmithError
 from tunesmith.orchestrator.events import Kind
-from tunesmith.orchestrator.nouns import Attempt, ModelRef, build, plain, spec_hash
+from tunesmith.orchestrator.nouns import Attempt, Finding, ModelRef, build, plain, spec_hash
 
 if TYPE_CHECKING:
     from tunesmith.executors.kernel.data import Prepared
@@ -55,14 +56,14 @@ def run(folder: Path) -> int:
         reporter.listeners += [track, speak]
         reporter.state("starting")
         try:
-            Run(folder, attempt, reporter, control).go()
+            Run(folder, attempt, reporter, control, track=track).go()
         except BaseException as error:
             trouble = explained(error)
             if trouble.code == "internal":
                 traceback.print_exc()
             track.close()
             reporter.state("stopped" if isinstance(trouble, Stopped) else "failed", trouble)
-            return TOLD_TO if isinstance(trouble, Stopped) else BAD_INPUT if trouble.exit_code == 2 else FAILED
+            return _code(trouble)
         track.close()
         reporter.state("succeeded")
     return SUCCEEDED
@@ -82,7 +83,7 @@ def follow(folder: Path, seat: Seat) -> int:
         if trouble.code == "ranks.lost":
             return LOST
         run.crew.tell(trouble)
-        return BAD_INPUT if trouble.exit_code == 2 else FAILED
+        return _code(trouble)
     return SUCCEEDED
 
 
@@ -102,13 +103,20 @@ class Run:
     """The phases of one attempt, in order; between them a stop is obeyed."""
 
     def __init__(
-        self, folder: Path, attempt: Attempt, reporter: Reporter, control: Control, seat: Seat | None = None
+        self,
+        folder: Path,
+        attempt: Attempt,
+        reporter: Reporter,
+        control: Control,
+        seat: Seat | None = None,
+        track: Track | None = None,
     ) -> None:
         self.folder = folder
         self.attempt = attempt
         self.spec = attempt.spec
         self.reporter = reporter
         self.control = control
+        self.track = track
         self.checkpoints = folder / "checkpoints"
         self.seat = seat or Seat(0, processes(attempt.spec.hardware))
         self.crew = Crew(folder, self.seat, self._abandon)
@@ -430,27 +438,50 @@ class Run:
             ranks.same("weights", fingerprint([item for _, item in engine.net.trainable()]))
 
     def _found(self) -> str | None:
-        """The newest checkpoint that verifies: an own one first, else one of the attempt named."""
+        """The first checkpoint that verifies. Each one that does not is named, once."""
         checkpoint.sweep(self.checkpoints)
-        places = [self.checkpoints]
-        named = self.attempt.resume_from
-        if named is not None:
-            job = self.folder.parent.parent
-            path = (job / named).resolve()
-            if not path.is_relative_to(job.resolve()):
-                raise InputError(
-                    "A checkpoint must lie in the job's own folder.", code="checkpoint.outside", where=named
-                )
-            places += [path, path.parent]
-        for place in places:
-            found = checkpoint.newest_verified(place) if checkpoint.STEP.match(place.name) is None else _only(place)
-            for finding in found.passed_over:
-                self.reporter.alert(finding.code, finding.message, where=finding.where)
-            if found.path is not None:
-                return str(found.path)
-        if named is not None:
+        tried: set[Path] = set()
+        for path in self._candidates():
+            if path.resolve() in tried:
+                continue
+            tried.add(path.resolve())
+            finding = _damage(path)
+            if finding is None:
+                return str(path)
+            self.reporter.alert(finding.code, finding.message, where=finding.where)
+        if self.attempt.resume_from is not None:
             self.reporter.alert("checkpoint.none", "No checkpoint verifies, so training starts from the beginning.")
         return None
+
+    def _candidates(self) -> Iterator[Path]:
+        """Checkpoints to go on from, best first: own ones, the one named, then of all attempts at this plan the newest.
+
+        An attempt that names none goes on from nobody else's: it was approved to start anew.
+        """
+        yield from (path for _, path in checkpoint.steps(self.checkpoints))
+        named = self.attempt.resume_from
+        if named is None:
+            return
+        job = self.folder.parent.parent.resolve()
+        path = (job / named).resolve()
+        if not path.is_relative_to(job):
+            raise InputError("A checkpoint must lie in the job's own folder.", code="checkpoint.outside", where=named)
+        if checkpoint.STEP.match(path.name):
+            yield path
+        places = [path, path.parent, *(folder / "checkpoints" for folder in self._earlier(job))]
+        found = [item for place in places for item in checkpoint.steps(place)]
+        yield from (path for _, path in sorted(found, key=lambda item: item[0], reverse=True))
+
+    def _earlier(self, job: Path) -> Iterator[Path]:
+        """The folders of earlier attempts at the same plan, the latest first."""
+        for number in range(self.attempt.number - 1, 0, -1):
+            folder = job / "attempts" / str(number)
+            try:
+                doc = json.loads((folder / "attempt.json").read_bytes())
+                if doc["plan_hash"] == self.attempt.plan_hash:
+                    yield folder
+            except (OSError, ValueError, TypeError, KeyError):
+                continue
 
     # --- what comes out ---------------------------------------------------------------------------------------------
 
@@ -477,12 +508,19 @@ class Run:
 
     def _abandon(self, error: TunesmithError) -> None:
         """End now: another rank is gone, and this one's main thread waits for it where nothing wakes it."""
+        if self.track is not None:
+            self.track.close()
         self.reporter.state("failed", error)
-        os._exit(FAILED)
+        os._exit(_code(error))
 
     def _pause(self) -> None:
         if self.control.stop():
             raise stopped("before training began")
+
+
+def _code(trouble: TunesmithError) -> int:
+    """The exit code of an attempt that an error ended."""
+    return TOLD_TO if isinstance(trouble, Stopped) else BAD_INPUT if trouble.exit_code == 2 else FAILED
 
 
 def _settled(spec: Any) -> None:
@@ -503,15 +541,16 @@ def _settled(spec: Any) -> None:
         )
 
 
-def _only(folder: Path) -> checkpoint.Found:
-    """One named checkpoint, if it verifies."""
-    from tunesmith.orchestrator.nouns import Finding
-
+def _damage(folder: Path) -> Finding | None:
+    """Why a checkpoint cannot be gone on from; None where it verifies."""
     try:
-        return checkpoint.Found(folder, checkpoint.verify(folder), ())
+        step = checkpoint.verify(folder).get("step")
     except StorageError as error:
-        finding = Finding(level="warning", code=error.code, message=f"{error.message} {error.why}", where=folder.name)
-        return checkpoint.Found(None, {}, (finding,))
+        return Finding(level="warning", code=error.code, message=f"{error.message} {error.why}", where=folder.name)
+    if (step, folder) in checkpoint.steps(folder.parent):
+        return None
+    message = f"The checkpoint {folder.name} is damaged: it speaks of another step."
+    return Finding(level="warning", code="checkpoint.corrupt", message=message, where=folder.name)
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -10,7 +10,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,7 @@ class Track:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.environ["TRACKIO_DIR"] = str(self._folder)
             os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-            # Trackio prints banners, with a token in the dashboard's address
-            with open(os.devnull, "w") as nowhere, _quiet(nowhere):
+            with _quiet():
                 import trackio
 
                 run = trackio.init(
@@ -66,8 +65,9 @@ class Track:
                     auto_log_gpu=False,
                     auto_log_cpu=False,
                 )
-                while (item := self._queue.get()) is not None:
-                    run.log(item[0], step=item[1])
+            while (item := self._queue.get()) is not None:
+                run.log(item[0], step=item[1])
+            with _quiet():
                 run.finish()
         except Exception as error:
             self._warn(f"Trackio is off for this run: {type(error).__name__}: {str(error)[:200]}")
@@ -75,12 +75,24 @@ class Track:
                 pass
 
 
+class _Others:
+    """A stream for every thread but the one that makes it, whose words are dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._dropped = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() != self._dropped:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextlib.contextmanager
-def _quiet(nowhere: Any) -> Any:
-    # only prints of this thread go away: the others write to stderr and to files of their own
-    usual = sys.stdout
-    sys.stdout = nowhere
-    try:
+def _quiet() -> Iterator[None]:
+    """Drop what this thread prints: Trackio's banners, with a token in the dashboard's address."""
+    with contextlib.redirect_stdout(_Others(sys.stdout)):
         yield
-    finally:
-        sys.stdout = usual

@@ -142,7 +142,7 @@ def test_the_error_of_the_job_is_the_attempts_own_or_the_diagnosis():
     assert doc["fix"]
 
 
-def test_the_newest_checkpoint_of_any_attempt_is_where_to_resume():
+def test_the_newest_attempt_says_where_to_resume():
     def one(number, checkpoint=None, resumed_from=None):
         return AttemptView(
             number=number, backend="local", state=A.FAILED, checkpoint=checkpoint, resumed_from=resumed_from
@@ -150,6 +150,9 @@ def test_the_newest_checkpoint_of_any_attempt_is_where_to_resume():
 
     assert resume_point(job()) is None
     assert resume_point(job(one(1))) is None
-    assert resume_point(job(one(1, "a"), one(2))) == "a"
+    assert resume_point(job(one(1, "a"))) == "a"
+    assert resume_point(job(one(1, "a"), one(2))) is None  # the second began another plan, and saved nothing
+    assert resume_point(job(one(1, "a"), one(2), one(3, "c"))) == "c"
     assert resume_point(job(one(2, "b", "a"), one(1, "a"))) == "b"
     assert resume_point(job(one(1, "a"), one(2, "b", "a"), one(3, None, "b"))) == "b"
+    assert resume_point(job(one(1, "a"), one(2, None, "a"), one(3, None, "a"))) == "a"

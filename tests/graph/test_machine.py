@@ -1,6 +1,7 @@
 """The job graph over an honest store: the main road, every side road, and everything that may be lost on the way."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 from driving import JOB, rows_of, through
@@ -33,6 +34,16 @@ def test_the_main_road(drive, store, good):
     assert store.doc(JOB)["artifacts"]
     planned = ["intake", "inspect", "size", "estimate"]
     assert drive.steps == [*planned, "review", "review", "submit", "await", "await", "diagnose", "deliver"]
+
+
+def test_an_attempt_is_told_how_many_processes_there_are_to_be(drive, store, good):
+    request = replace(good, spec={**good.spec, "hardware": {"processes": 2}})
+    store.create(JOB, request, yes=True)
+    port, given = store.lease(JOB), []
+    submit = port.submit
+    port.submit = lambda job, attempt: (given.append(attempt), submit(job, attempt))
+    assert drive(port) == "await"
+    assert [attempt.spec.hardware for attempt in given] == [{"processes": 2}]
 
 
 def test_yes_goes_through_without_a_stop(drive, store, good):

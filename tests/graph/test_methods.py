@@ -230,6 +230,17 @@ def test_what_cannot_work_is_refused_by_name(make, text, code, said):
     assert error.fix
 
 
+def test_what_the_kernel_would_refuse_is_refused_at_planning(make):
+    spec = {"model": {"id": SMOL}, "data": [{"source": "pairs.jsonl"}], "method": "dpo"}
+    half = make(spec={**spec, "train": {"dtype": "float16"}})
+    assert [(item.code, item.where) for item in half.errors] == [("train.unavailable", "train.dtype")]
+    early = {**spec, "train": {"early_stopping": 3}}
+    blind = make(spec={**early, "eval": {"fraction": 0}})
+    assert [(item.code, item.where) for item in blind.errors] == [("train.early_stopping", "train.early_stopping")]
+    assert "eval.fraction" in blind.errors[0].fix
+    assert make(spec=early).errors == ()
+
+
 @pytest.mark.parametrize("hardware", [{"gpus": 2}, {"processes": 2}])
 def test_what_trl_trains_runs_on_one_device(make, hardware):
     spec = {"model": {"id": SMOL}, "data": [{"source": "feedback.jsonl"}], "method": "kto", "hardware": hardware}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.executors.kernel.sizing.rows import processes
 from tunesmith.graph import planning
 from tunesmith.graph.planning import Draft, plan
 from tunesmith.orchestrator.errors import BackendUnavailable
@@ -305,6 +306,30 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(make):
 def test_the_device_is_the_first_ready_one_that_was_asked_for(make, words, hardware):
     found = make(f"SFT smollm2-135m on rows.jsonl {words}", devices=[GPU, CPU, T4, A100])
     assert (found.errors, stage(found).spec.hardware) == ((), hardware)
+
+
+@pytest.mark.parametrize(("hardware", "named"), [({"gpus": 2}, "NVIDIA L4"), ({"processes": 2}, "cpu")])
+def test_how_many_processes_stands_whichever_device_is_chosen(make, hardware, named):
+    spec = {"model": {"id": SMOL}, "data": [{"source": "rows.jsonl"}], "hardware": hardware}
+    found = make(spec=spec, devices=[replace(GPU, count=2), CPU])
+    one = stage(found)
+    assert (found.errors, one.spec.hardware, processes(one.spec.hardware)) == ((), hardware, 2)
+    assert "hardware" not in {item.key for item in one.resolved}
+    assert [offer.hardware for offer in one.offers if offer.fits] == ["NVIDIA L4", "cpu"]
+    again = stage(make(spec=plain(one.spec), devices=[replace(GPU, count=2), CPU]))
+    assert (again.spec, again.resolved) == (one.spec, ())
+    alone = make(spec={**spec, "hardware": named}, devices=[replace(GPU, count=2), CPU])
+    assert stage(alone).spec.hardware == named
+    assert alone.plan_hash != found.plan_hash
+
+
+def test_an_offer_counts_the_processes_that_its_device_would_run(make):
+    """On the CPU the memory is shared by all; a GPU that is offered beside it runs one."""
+    small = replace(CPU, memory_bytes=3 * GIB)
+    spec = {"model": {"id": SMOL}, "data": [{"source": "rows.jsonl"}], "hardware": {"processes": 8}}
+    found = make(spec=spec, devices=[small, GPU])
+    assert codes(found.errors) == ["size.does_not_fit"]
+    assert [offer.fits for offer in stage(found).offers] == [False, True]
 
 
 def test_a_device_that_is_not_ready_says_why(make):

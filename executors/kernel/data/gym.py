@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 SCHEME = "reasoning-gym:"
 ROWS = 500  # where neither limit nor size says how many, as the library has it
 SEED = 0
-# Entries are made from seed + place, so seeds of other splits must lie further away than any number of rows.
-_SPLITS = {"train": 0, "test": 2**30, "validation": 2**31, "eval": 2**31}
+# Entries are made from seed + place, so other seeds and other splits must lie further away than any number of rows, and
+# below 2**32, which is all that some tasks take. Multiples of the golden section of a split keep seeds that are less
+# than 10,000 apart, as people choose them, 80,000 rows and more from each other.
+_SPLIT = 2**30
+_SPREAD = 663_608_941
+_SPLITS = {"train": 0, "test": 1, **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), 2)}
 _CHUNK = 25
 _PATIENCE = 120.0  # seconds for a chunk of rows
 
@@ -59,7 +63,10 @@ def _asked(source: DataSource) -> tuple[str, str]:
         if key in config and (not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 0):
             raise _config(source, f"{key} must be a whole number, not negative.")
     size = config.get("size") or source.limit or ROWS
-    seed = config.get("seed", SEED) + _SPLITS.get(source.split, 0)
+    part = _SPLITS.get(source.split.strip().lower())
+    if part is None:
+        raise _split(source)
+    seed = part * _SPLIT + config.get("seed", SEED) * _SPREAD % _SPLIT
     return task, json.dumps({**config, "size": size, "seed": seed}, sort_keys=True)
 
 
@@ -111,6 +118,15 @@ def _config(source: DataSource, why: str) -> InputError:
         f"The config of {source.source} cannot be used.",
         why=why[:300],
         fix="""Write it as JSON: config: '{"max_terms": 2}'.""",
+        code="data.gym_config",
+        where=source.source,
+    )
+
+
+def _split(source: DataSource) -> InputError:
+    return InputError(
+        f"{source.source} has no split {source.split[:80]!r}.",
+        fix=f"Write one of {', '.join(_SPLITS)}.",
         code="data.gym_config",
         where=source.source,
     )

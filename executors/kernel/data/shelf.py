@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SUM = "sha256"
 _STALE = 3600  # seconds after which what a killed writer left is removed
+_TRIES = 100  # locks that were removed while they were waited for, before the work is done without
 _POLL = 0.1  # seconds between looks at a lock, so that a stop is heard while another process works
 
 
@@ -87,28 +88,23 @@ class Shelf:
         systems) the work is done twice, which is harmless.
         """
         lock = self.folder / f".{key}.lock"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = lock.open("ab")
-        except OSError:
-            yield
-            return
-        with file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    pause()
-                    time.sleep(_POLL)
-                except OSError:
-                    break
+        for _ in range(_TRIES):
             try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    lock.unlink()
-                    fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file too
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = lock.open("ab")
+            except OSError:
+                break
+            with file, _held(file, pause):
+                if not _is(file, lock):
+                    continue  # its holder has removed it, and the next one has locked a new file
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        if _is(file, lock):
+                            lock.unlink()
+                return
+        yield
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -135,6 +131,33 @@ class Shelf:
             with contextlib.suppress(OSError):
                 path.unlink()
             over -= size
+
+
+@contextlib.contextmanager
+def _held(file: IO[bytes], pause: Callable[[], None]) -> Iterator[None]:
+    """Hold a file's lock, where there are locks."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            pause()
+            time.sleep(_POLL)
+        except OSError:
+            break
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file too
+
+
+def _is(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is the one that stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def _digest(key: str, table: Table) -> bytes:

@@ -8,6 +8,7 @@ does not pass `documents` through, or needs what is not supported here, fails th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def packed_attention(
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if documents is None or query.shape[0] != 1 or attention_mask is not None or unsupported or dropout:
         raise NotImplementedError(f"packed attention without {', '.join(unsupported) or 'documents'}")
+    query, key, value = lowered(query, key, value)
     fast = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     if forks is not None and fast:
         # queries count from the end of their keys, as flash attention aligns causal masks: at the lower right
@@ -120,6 +122,14 @@ def _per_document(
             )
         )
     return torch.cat(pieces, 2).transpose(1, 2).to(dtype)
+
+
+def lowered(*items: Tensor) -> Sequence[Tensor]:
+    """On CUDA under autocast in its type: rotary embeddings leave queries and keys in float32 there."""
+    kind = items[0].device.type
+    if kind != "cuda" or not torch.is_autocast_enabled(kind):
+        return items
+    return [item.to(torch.get_autocast_dtype(kind)) for item in items]
 
 
 def _raised(*items: Tensor) -> list[Tensor]:

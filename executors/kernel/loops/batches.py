@@ -115,6 +115,8 @@ class Batch:
             return self
 
         def moved(tensor: Tensor) -> Tensor:
+            if tensor.device.type == device.type:  # what a method kept from an earlier pass
+                return tensor
             pinned = device.type == "cuda" and not tensor.is_pinned()
             return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 

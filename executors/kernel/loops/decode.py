@@ -65,6 +65,7 @@ def rollout_attention(
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if store is None or query.shape[0] != 1 or attention_mask is not None or unsupported or dropout:
         raise NotImplementedError(f"rollout attention without {', '.join(unsupported) or 'a store'}")
+    query, key, value = attention.lowered(query, key, value)
     if writing:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return store.attend(query, key, value, scale, sliding_window), None
@@ -79,7 +80,8 @@ class Decoder:
     token, place   int64 [slots], what each row is fed next, and its position in the text
     count, alive   int64 [slots], tokens of its own so far; 1 until one of `stops` or the limit
     ids, logps     [slots, limit + 1], what was written, and the numbers in `chances` that decide it
-    With `graphs` a step is replayed as a CUDA graph.
+    With `graphs` a step is replayed as a CUDA graph. Nothing that a decoder holds refers back to it, so that the memory
+    of its store goes with it at once.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Decoder:
         self.chances = torch.zeros(slots, limit + 1, dtype=torch.float64, device=device)
         self._ages: list[int] = []
         state = (self.token, self.place, self.count, self.alive)
-        self._advanced = Graphs(self._advance, slots, state) if graphs else self._advance
+        self._graphs = Graphs(slots, state) if graphs else None
         register()
         merged.model.set_attn_implementation(NAME)
 
@@ -148,7 +150,10 @@ class Decoder:
     def step(self) -> None:
         """One more token for every row."""
         self.store.settle(min(max(self._ages), self.limit))
-        self._advanced(self.rows)
+        if self._graphs is None:
+            self._advance(self.rows)
+        else:
+            self._graphs(self.rows, self._advance, self.greedy)
         self._ages = [age + 1 for age in self._ages]
 
     @property

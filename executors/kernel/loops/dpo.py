@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunesmith.executors.kernel.loops.batches import Batch
 from tunesmith.executors.kernel.loops.forks import Tree, forked, spread
-from tunesmith.executors.kernel.loops.method import Plain, Turn
+from tunesmith.executors.kernel.loops.method import Plain, Turn, evaluating
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.preference import LOSSES, Pairs
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
@@ -76,7 +76,7 @@ class Dpo(Plain):
 
     def _weighed(self, batch: Batch, picked: Sequence[int]) -> Batch:
         members = tuple((picked[at], side) for at, side in batch.members)
-        tokens = torch.tensor([len(self.rows[row].answers[side]) for row, side in members])
+        tokens = torch.tensor([len(self.rows[row].scored(side)) for row, side in members])
         units = sum(int(count) for count in tokens[::2]) if self.spec.loss == "sft" else len(members) // 2
         return replace(batch, members=members, weight=units, extra={"tokens": tokens})
 
@@ -84,7 +84,8 @@ class Dpo(Plain):
         """The summed loss of the batch's pairs."""
         logps, entropy = self.net.token_logps(batch)
         sides = _summed(logps, batch)
-        known = self._known(batch).to(sides.device)
+        known = self._known(batch)
+        known = (known.pin_memory() if sides.is_cuda else known).to(sides.device, non_blocking=True)
         tokens = batch.extra["tokens"]
         pairs = Pairs(sides[::2], sides[1::2], known[::2], known[1::2], tokens[::2], tokens[1::2])
         losses = self._loss(pairs, self.spec.beta, self.spec.label_smoothing)
@@ -115,13 +116,8 @@ class Dpo(Plain):
         return self.reference.get(batch.members)
 
     def _ask(self, batch: Batch) -> None:
-        training = self.net.outer.training
-        self.net.outer.eval()
-        try:
-            with self.net.untuned() if self.net.adapted else nullcontext(), torch.no_grad():
-                logps, _ = self.net.token_logps(batch)
-        finally:
-            self.net.outer.train(training)
+        with evaluating(self.net), self.net.untuned() if self.net.adapted else nullcontext(), torch.no_grad():
+            logps, _ = self.net.token_logps(batch)
         self.reference.put(batch.members, _summed(logps, batch))
 
     def foresee(self, picked: Sequence[int], turn: Turn) -> None:

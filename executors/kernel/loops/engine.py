@@ -35,6 +35,8 @@ from tunesmith.orchestrator.errors import InputError, JobFailed, StorageError
 from tunesmith.orchestrator.events import Kind
 from tunesmith.orchestrator.nouns import TrainSpec
 
+SKIPS = 50  # steps in a row that float16's loss scaling may pass over while it looks for its scale
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -118,6 +120,7 @@ class Engine:
         foreseen = method.foreseen and net.device.type == "cuda"
         self._ahead = Ahead(self._batches, pin=True) if foreseen else None
         self._waiting: deque[_Taken] = deque()
+        self._skipped = 0
         self._pace = Pace()
         self._saved_step = -1
         self._clock = 0.0
@@ -193,13 +196,13 @@ class Engine:
         self._settle(0)
         self._evaluate()
         early = self.cursor.step < self.total
-        best = self.cursor.best_step if self.train.early_stopping is not None else None
+        best = (self.cursor.best_step or None) if self.train.early_stopping is not None else None
         return Outcome("early" if early else "finished", self.cursor.step, best, self.cursor.ledger)
 
     def restore_best(self) -> int:
         """With early stopping, take back the weights of the best evaluation; returns the step of those in place."""
         best = self.cursor.best_step
-        if self.train.early_stopping is None or best == self.cursor.step:
+        if self.train.early_stopping is None or best in (0, self.cursor.step):
             return self.cursor.step
         folder = checkpoint.step_folder(self.checkpoints, best)
         try:
@@ -231,12 +234,12 @@ class Engine:
         folder = checkpoint.step_folder(self.checkpoints, step)
         written = checkpoint.write(folder, fill, step=step, **self.facts)
         best = {self.cursor.best_step} if self.train.early_stopping is not None else set()
-        checkpoint.keep(self.checkpoints, self.train.keep_checkpoints, best)
         self.reporter.emit(
             Kind.CHECKPOINT,
             {"path": f"checkpoints/{folder.name}", "bytes": written.bytes, "sha256": written.sha256},
             step,
         )
+        checkpoint.keep(self.checkpoints, self.train.keep_checkpoints, best, newest=step)
         self.reporter.progress("saving", 1, 1, unit="checkpoints", step=step)
         self._clock = time.perf_counter()
 
@@ -314,7 +317,8 @@ class Engine:
             if taken.arrived is not None:
                 taken.arrived.synchronize()
             loss, norm, *means = taken.figures.tolist()
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+            if not math.isfinite(loss) or self._skipped > (SKIPS if self.scaler.is_enabled() else 0):
                 raise _not_a_number("loss" if not math.isfinite(loss) else "gradient", taken.step)
             before, self._clock = self._clock, time.perf_counter()
             seconds = max(self._clock - before, 1e-9)
@@ -378,6 +382,7 @@ class Engine:
         total[1] = units
         meter = evaluation.meter.drain(self.net.device)
         self.ranks.sum_([total, meter])
+        evaluation.assessed(step)
         self._clock = time.perf_counter()
         self._pace.eval_seconds = self._clock - began
         if not total[1]:

@@ -20,11 +20,16 @@ from tunesmith.executors.kernel.loops.batches import Batch, best_fit
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A prompt and the answers that continue it; every token of an answer is scored. `row` is the source row."""
+    """A prompt and the answers that continue it. `row` is the source row.
+
+    Every token of an answer is scored but for those at its `silent` places, which are read only: what others say in
+    it. There is one list of places for each answer, or none at all.
+    """
 
     row: int
     prompt: Sequence[int]
     answers: tuple[Sequence[int], ...]
+    silent: tuple[Sequence[int], ...] = ()
 
     @property
     def fed(self) -> int:
@@ -35,6 +40,12 @@ class Tree:
     def tokens(self) -> int:
         """Real tokens, the prompt counted once."""
         return len(self.prompt) + sum(map(len, self.answers))
+
+    def scored(self, number: int) -> Sequence[int]:
+        """Places of an answer's tokens that are scored; a sequence's very first is not, for nothing predicts it."""
+        places = range(0 if self.prompt else 1, len(self.answers[number]))
+        silent = set(self.silent[number]) if self.silent else set()
+        return [place for place in places if place not in silent] if silent else places
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +94,9 @@ class Forks:
     longest: int
 
     def to(self, device: torch.device) -> Forks:
-        """The same on a device. What serves the other kind of attention stays where it is."""
-        if device.type == "cuda":
-            moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("bounds", "keys")}
-            return replace(self, **moved, key_bounds=self.key_bounds.to(device, non_blocking=True))
-        return replace(self, each=tuple(fork.to(device) for fork in self.each))
+        """The same on a device, for either kind of attention: which it is shows with the type of the queries."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("bounds", "keys", "key_bounds")}
+        return replace(self, **moved, each=tuple(fork.to(device) for fork in self.each))
 
 
 def forked(trees: Sequence[Tree], budget: int) -> list[Batch]:
@@ -122,13 +131,10 @@ def _forked(trees: Sequence[Tree], group: Sequence[int]) -> Batch:
             first, fed = len(ids), max(0, len(answer) - 1)
             ids += answer[:fed]
             positions += range(prompt, prompt + fed)
-            if prompt and len(answer):
-                picks.append(start + prompt - 1)
-                targets.append(answer[0])
-                owners.append(len(members))
-            picks += range(first, first + fed)
-            targets += answer[1:]
-            owners += [len(members)] * fed
+            scored = tree.scored(number)
+            picks += [first + place - 1 if place else start + prompt - 1 for place in scored]
+            targets += [answer[place] for place in scored]
+            owners += [len(members)] * len(scored)
             members.append((at, number))
             if fed:
                 spans.append((first, fed))
@@ -190,9 +196,9 @@ def _spread(trees: Sequence[Tree], group: Sequence[int], pad_id: int) -> Batch:
     picks: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
-    for place, ((at, _), sequence) in enumerate(zip(members, whole, strict=True)):
+    for place, ((at, number), sequence) in enumerate(zip(members, whole, strict=True)):
         ids[place, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-        scored = range(max(1, len(trees[at].prompt)), len(sequence))
+        scored = [len(trees[at].prompt) + token for token in trees[at].scored(number)]
         picks += [place * width + token - 1 for token in scored]
         targets += [sequence[token] for token in scored]
         owners += [place] * len(scored)

@@ -22,7 +22,7 @@ from tunesmith.executors.kernel.loops import policy
 from tunesmith.executors.kernel.loops.batches import Batch
 from tunesmith.executors.kernel.loops.forks import Tree, forked, spread
 from tunesmith.executors.kernel.loops.groups import Group, Written
-from tunesmith.executors.kernel.loops.method import Interrupted, Meter, Turn
+from tunesmith.executors.kernel.loops.method import Interrupted, Meter, Turn, evaluating
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 from tunesmith.executors.kernel.loops.rollout import Ask, Rollout, Sample
@@ -119,7 +119,8 @@ class Judge:
         names = list(dict.fromkeys(name for prompt in asked for name in prompt.columns))
         columns = {name: [prompt.columns.get(name) for prompt in asked] for name in names}
         prompts = [prompt.prompt for prompt in asked]
-        return self.scorer.score(prompts, told, [sample.ids for sample in samples], columns, step), texts
+        ids = [list(sample.ids) for sample in samples]  # theirs to change: ours are trained on
+        return self.scorer.score(prompts, told, ids, columns, step), texts
 
 
 class Grpo:
@@ -172,6 +173,7 @@ class Grpo:
         self._groups: list[Group] = []
         self._round = -1
         self._stale_told = False
+        self._logged: dict[str, list[tuple[float, int]]] = {}
 
     # --- the engine's side ------------------------------------------------------------------------------------------
 
@@ -206,11 +208,23 @@ class Grpo:
         asked = self.ranks.share([self.rows[at] for at in picked])
         made = self._generate([Ask(row.row, row.ids, (0,)) for row in asked], turn, greedy=True)
         scores, _ = self.judge(asked, made, turn.step)
-        self._tell(scores, "eval", turn.step)
+        self._warn_of(scores)
+        for name, value in scores.told.items():
+            self._logged.setdefault(name, []).append((value, len(made)))
         known = [total for total in scores.totals if not math.isnan(total)]
         yield math.fsum(known), len(known)
         self._measure_functions(scores)
         self.meter.add("completions/mean_length", sum(len(sample.ids) for sample in made), len(made))
+
+    def assessed(self, step: int) -> None:
+        """Tell the means of what the functions logged by themselves, over all answers of the evaluation."""
+        told, self._logged = self._logged, {}
+        if told:
+            means = {
+                f"eval/{name}": math.fsum(value * count for value, count in parts) / sum(count for _, count in parts)
+                for name, parts in told.items()
+            }
+            self.reporter.metric(means, step)
 
     def updated(self) -> None:
         """Bring the rollout's weights up to date, and let every rank know what the others found in the first pass."""
@@ -241,7 +255,9 @@ class Grpo:
         samples = self._generate(asks, turn, greedy=False)
         asked = [self.rows[at] for at in own for _ in range(count)]
         scores, texts = self.judge(asked, samples, turn.step)
-        self._tell(scores, "train", turn.step + 1)
+        self._warn_of(scores)
+        if scores.told:
+            self.reporter.metric({f"train/{name}": value for name, value in scores.told.items()}, turn.step + 1)
         grouped = [list(scores.totals[start : start + count]) for start in range(0, len(samples), count)]
         parts = self.ranks.gather(grouped)
         before = sum(len(part) for part in parts[: self.ranks.rank])
@@ -267,13 +283,9 @@ class Grpo:
         def told(tokens: int, samples: int) -> None:
             self.reporter.progress("rollout", samples, total, unit="answers", step=turn.step)
 
-        training = self.net.outer.training
-        self.net.outer.eval()
-        try:
+        with evaluating(self.net):
             key = f"{self.seed}:{turn.epoch}"
             made = self.rollout.generate(asks, key=key, greedy=greedy, told=told, stopped=self.stopped)
-        finally:
-            self.net.outer.train(training)
         if made is None:
             raise Interrupted
         return made
@@ -295,12 +307,9 @@ class Grpo:
             known = [value for values in scores.values if (value := values[at]) is not None]
             self.meter.add(f"rewards/{name}", math.fsum(known), len(known))
 
-    def _tell(self, scores: Scores, place: str, step: int) -> None:
-        """Pass on what the functions said beside their numbers."""
+    def _warn_of(self, scores: Scores) -> None:
         for alert in scores.alerts:
             self.reporter.alert(alert.code, alert.message, alert.level, where=alert.where)
-        if scores.told:
-            self.reporter.metric({f"{place}/{name}": value for name, value in scores.told.items()}, step)
 
     def _show(self, asked: Sequence[Prompt], texts: Sequence[str], scores: Scores, step: int) -> None:
         """Send the best and the worst answer of the first prompt."""
@@ -375,7 +384,7 @@ class Grpo:
             with torch.no_grad():
                 found, _ = self.frozen.token_logps(batch, self.spec.temperature)
         else:
-            with self.net.untuned():
+            with evaluating(self.net), self.net.untuned():
                 found, _ = self.net.token_logps(batch, self.spec.temperature)
         self._keep("reference", found, batch)
         return found

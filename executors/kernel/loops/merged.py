@@ -52,8 +52,9 @@ class Merged:
         self.model: Any = copy.deepcopy(net.causal, shared)
         self.model.eval()
         self.head: Any = self.model.get_output_embeddings()
-        if type(self.head) is nn.Linear and self.head.weight.device.type == "cpu":
-            self.head.forward = _Pieces(self.head)  # type: ignore[method-assign, assignment]
+        whole = type(self.head) is nn.Linear and not isinstance(self.head.forward, matrix.Packed)
+        if whole and self.head.weight.device.type == "cpu":
+            self.head.forward = _Pieces(self.head)
         self._trained = [item for _, item in net.trainable()]
         self._versions: list[int] = []
         self.refresh()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -51,7 +52,7 @@ class Meter:
         if name not in self.names:
             raise KeyError(name)
         device = next((item.device for item in (total, count) if isinstance(item, Tensor)), None)
-        pair = torch.stack([torch.as_tensor(item, dtype=torch.float64, device=device) for item in (total, count)])
+        pair = torch.stack([_double(item, device) for item in (total, count)])
         self._sums[name] = self._sums[name] + pair.detach() if name in self._sums else pair.detach()
 
     def drain(self, device: torch.device) -> Tensor:
@@ -65,6 +66,23 @@ class Meter:
         """What `drain` gave, read from the device and flattened, as means; names without a value are left out."""
         pairs = zip(self.names, drained[::2], drained[1::2], strict=True)
         return {name: total / count for name, total, count in pairs if count}
+
+
+def _double(item: Tensor | float, device: torch.device | None) -> Tensor:
+    if isinstance(item, Tensor):
+        return item.to(device=device, dtype=torch.float64)
+    return torch.full((), item, dtype=torch.float64, device=device)  # filled there; to copy it would wait for a GPU
+
+
+@contextmanager
+def evaluating(net: Net) -> Iterator[None]:
+    """The net without dropout, whatever it does; then as it was."""
+    training = net.outer.training
+    net.outer.eval()
+    try:
+        yield
+    finally:
+        net.outer.train(training)
 
 
 class Method(Protocol):
@@ -106,6 +124,9 @@ class Method(Protocol):
         """For some rows that are evaluated, sums of the measure and how many units they are of. No gradients."""
         ...
 
+    def assessed(self, step: int) -> None:
+        """All rows have been through `assess`: what it has gathered beside the measure can be told. Every rank does."""
+
     def updated(self) -> None:
         """The weights have changed."""
 
@@ -144,6 +165,10 @@ class Plain(ABC):
         for batch in self.ranks.share(self.batches(picked, turn)):
             if batch.weight:
                 yield self.loss(batch.to(self.net.device)), batch.weight
+
+    def assessed(self, step: int) -> None:
+        """There is nothing beside the measure."""
+        return
 
     def updated(self) -> None:
         """Nothing here depends on the weights."""

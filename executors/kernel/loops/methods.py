@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from tunesmith.executors.kernel.loops.method import Method, Turn
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 from tunesmith.executors.kernel.loops.reference import Reference
-from tunesmith.executors.kernel.loops.rollout import Rollout
+from tunesmith.executors.kernel.loops.rollout import TESTED, WRITTEN, Rollout
 from tunesmith.executors.kernel.loops.sft import Sft
+from tunesmith.executors.kernel.loops.vllm import Vllm
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.orchestrator.nouns import JobSpec
 
@@ -82,7 +84,7 @@ def _sft(setting: Setting, rows: Sequence[Any]) -> Sft:
 
 
 def _dpo(setting: Setting, rows: Sequence[Any]) -> Dpo:
-    trees = [Tree(pair.row, pair.prompt, (pair.chosen, pair.rejected)) for pair in rows]
+    trees = [Tree(pair.row, pair.prompt, (pair.chosen, pair.rejected), pair.unscored) for pair in rows]
     path = None
     if setting.spec.dpo.reference == "base" and trees:
         name = reference.key(trees, *_identity(setting))
@@ -110,12 +112,14 @@ def _grpo(setting: Setting, train: Sequence[Any], held_out: Sequence[Any]) -> tu
     assert scorer is not None
     spec, net, tokenizer = setting.spec, setting.net, setting.tokenizer
     answers = int(spec.train.effective_batch) * spec.grpo.num_generations
+    slots = min(answers, SLOTS.get(net.device.type, 64))
     rollout = Rollout(
         net,
         stops=data.stop_tokens(tokenizer),
         max_completion=spec.grpo.max_completion,
         temperature=spec.grpo.temperature,
-        slots=min(answers, SLOTS.get(net.device.type, 64)),
+        slots=slots,
+        engine=_vllm(setting, [*train, *held_out], slots) if spec.grpo.vllm else None,
     )
     for problem in rollout.problems:
         setting.reporter.alert("grpo.rollout", problem)
@@ -139,6 +143,15 @@ def _grpo(setting: Setting, train: Sequence[Any], held_out: Sequence[Any]) -> tu
 
     frozen = _frozen(setting) if spec.grpo.beta and not net.adapted else None
     return method(train, frozen), method(held_out, None)
+
+
+def _vllm(setting: Setting, rows: Sequence[Any], slots: int) -> Callable[[], Vllm]:
+    """What makes vLLM, with room for these prompts and for those of the rollout's self-test."""
+    spec = setting.spec.grpo
+    longest = max(length for _, length in TESTED)
+    longest = max([longest, *(len(row.ids) for row in rows)])
+    sizes = {"slots": slots, "limit": max(spec.max_completion, WRITTEN), "longest": longest}
+    return partial(Vllm, setting.net, setting.model_folder, **sizes, temperature=spec.temperature, share=spec.vllm)
 
 
 def _frozen(setting: Setting) -> Net:

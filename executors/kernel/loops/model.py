@@ -213,8 +213,13 @@ def read(
 
 
 def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
-    """A loaded model with adapter, frozen weights, activation checkpointing and device as the spec says."""
+    """A loaded model with adapter, frozen weights, activation checkpointing and device as the spec says.
+
+    The model's own dropout is turned off: it would keep attention from being packed, and make what DPO and GRPO compare
+    noisy. An adapter's is the user's to ask for.
+    """
     attention.register()
+    _without_dropout(model)
     train = spec.train
     full = spec.adapter.kind == "none"
     half = HALF.get(str(train.dtype))
@@ -239,6 +244,15 @@ def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     outer.train()
     return Net(outer, adapted=not full, device=device, autocast=None if fused and not scores else half)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _unloadable(name: str, where: str, why: str) -> InputError:

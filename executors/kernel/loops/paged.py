@@ -7,7 +7,7 @@ own tokens go on in it. Rows hold all the pages that they may come to need, so n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -231,34 +231,36 @@ def _pages(tokens: int) -> int:
 
 
 class Graphs:
-    """A step for any number of rows, replayed as a CUDA graph: one for each bucket of rows, captured when first needed.
+    """A step for any number of rows, replayed as a CUDA graph: one for each kind and bucket of rows, made when needed.
 
-    `advance(rows)` is the step. It must only read and write tensors that stay where they are, and bear with rows that
-    are not there. `state` is what it changes and cannot be done twice: it is put back after a capture's warm-up.
+    `state` is what a step changes and cannot be done twice: it is put back after a capture's warm-up.
     """
 
     def __init__(
         self,
-        advance: Callable[[int], None],
         slots: int,
         state: Sequence[Tensor],
         capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ) -> None:
         self.buckets = [*(bucket for bucket in (1, 2, 4, 8, *range(16, slots, 16)) if bucket < slots), slots]
-        self._advance = advance
         self._state = state
-        self._capture = capture or self._captured
-        self._graphs: dict[int, Callable[[], None]] = {}
+        self._capture = capture
+        self._graphs: dict[tuple[Hashable, int], Callable[[], None]] = {}
         self._pool: Any = None
 
-    def __call__(self, rows: int) -> None:
+    def __call__(self, rows: int, advance: Callable[[int], None], kind: Hashable) -> None:
+        """Do the step `advance(rows)`.
+
+        It must only read and write tensors that stay where they are, and bear with rows that are not there. A graph
+        holds the branches that Python took when it was captured: `kind` names what they follow from.
+        """
         bucket = next(bucket for bucket in self.buckets if bucket >= rows)
-        if bucket not in self._graphs:
+        if (kind, bucket) not in self._graphs:
             kept = [item.clone() for item in self._state]
-            self._graphs[bucket] = self._capture(lambda: self._advance(bucket))
+            self._graphs[kind, bucket] = (self._capture or self._captured)(lambda: advance(bucket))
             for item, before in zip(self._state, kept, strict=True):
                 item.copy_(before)
-        self._graphs[bucket]()
+        self._graphs[kind, bucket]()
 
     def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ def advantages(rewards: Sequence[Sequence[float]], scale: str) -> list[list[floa
     for group in rewards:
         values = torch.tensor(group, dtype=torch.float64)
         scored = values[~values.isnan()]
-        if not len(scored):
+        if not len(scored) or scored.min() == scored.max():  # the mean of equals may lie beside them by a rounding
             found.append([0.0] * len(group))
             continue
         spread = whole if scale == "batch" else float(scored.std()) if len(scored) > 1 else 0.0

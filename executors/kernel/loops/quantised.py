@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunesmith.orchestrator.errors import InputError
 
 KIND = "nf4"
+BLOCK = 64  # values that share a scale
 
 
 def reading(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -39,7 +40,8 @@ def quantise(model: Any, dtype: torch.dtype, device: torch.device) -> int:
     """See that a model's linear layers but its heads are 4-bit ones on the device; how many are.
 
     A model read with `reading` is left as it is; another is quantised in place, to the same bits. Raises InputError
-    (adapter.qlora) where the model was quantised in another way, or has no linear layer.
+    (adapter.qlora) where the model was quantised in another way, has no linear layer, or, on a CPU, rows that
+    break a block.
     """
     library = _library(device)
     if getattr(model.config, "quantization_config", None) is None:
@@ -58,6 +60,15 @@ def quantise(model: Any, dtype: torch.dtype, device: torch.device) -> int:
             why=f"It has no linear layers in {KIND.upper()}; its weights may be quantised in another way.",
             where="adapter.kind",
             fix="Set adapter.kind to lora, or use the model's plain weights.",
+        )
+    odd = [module for module in found if module.in_features % BLOCK and module.weight.device.type == "cpu"]
+    if odd:  # bitsandbytes 0.50 with AVX-512 begins a block anew with every row, which it did not in quantising
+        raise InputError(
+            "The model cannot be held in 4 bits on a CPU.",
+            code="adapter.qlora",
+            why=f"It has rows of {odd[0].in_features}, no multiple of {BLOCK}; bitsandbytes misreads those.",
+            where="adapter.kind",
+            fix="Set adapter.kind to lora.",
         )
     for module in found:
         # On CPUs with avx512_bf16 the library repacks a weight in its first evaluation and then multiplies in bfloat16,

@@ -149,18 +149,25 @@ def join(
     *,
     lost: Callable[[BaseException], TunesmithError],
     check: Callable[[], None],
+    pause: Callable[[], None] = lambda: None,
     silence: timedelta = SILENCE,
 ) -> Joined:
     """Meet the other ranks through the file `path`, which is theirs alone, and connect.
 
-    Waits for them as long as `check` does not raise; from then on a rank that says nothing for `silence` is lost.
+    Waits for them as long as neither `check` nor `pause`, asked here only, raises; from then on a rank that says
+    nothing for `silence` is lost.
     """
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     for name in _DEVICES:
         os.environ.setdefault(name, loopback)
     distributed = torch.distributed
     store = distributed.FileStore(str(path))  # type: ignore[attr-defined]
-    meet(store, "join", rank, world, check)
+
+    def looked() -> None:
+        check()
+        pause()
+
+    meet(store, "join", rank, world, looked)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=silence)

@@ -90,10 +90,10 @@ class Reference:
 
 
 def key(trees: Iterable[Tree], *about: str) -> str:
-    """The name of a table: what the rows are, token by token, and `about` the model and how it computes."""
+    """The name of a table: what the rows are and what of them is scored, and `about` the model and how it computes."""
     sha = hashlib.sha256("\0".join(about).encode())
     for tree in trees:
-        for part in (tree.prompt, *tree.answers):
+        for part in (tree.prompt, *tree.answers, *tree.silent):
             sha.update(torch.tensor(list(part), dtype=torch.int32).numpy().tobytes())
             sha.update(b"|")
         sha.update(b"\n")

@@ -20,10 +20,11 @@ from tunesmith.executors.kernel.loops.paged import Pages, affordable
 from tunesmith.executors.kernel.loops.plain import Plain
 from tunesmith.executors.kernel.loops.refill import Ask, Refill, Sample, Told
 from tunesmith.executors.kernel.loops.selftest import Cut
+from tunesmith.executors.kernel.loops.vllm import Vllm
 
 __all__ = ["Ask", "Rollout", "Sample"]
 
-Way = Literal["graphs", "pages", "cells", "plain"]
+Way = Literal["vllm", "graphs", "pages", "cells", "plain"]
 
 HALVES = (torch.bfloat16, torch.float16)
 TESTED = ((0, 3), (1, 41), (2, 12))  # rows and lengths of the prompts that the self-test makes up
@@ -35,17 +36,29 @@ APART = {True: 1e-3, False: 0.15}
 class Rollout:
     """Writes up to `slots` samples at a time, each until one of `stops` or `max_completion` tokens.
 
-    `way` is how: "graphs" and "pages" on CUDA in half precision (paged keys, with and without graphs of the steps),
-    "cells" on any device, "plain" (the model's own attention and cache, prompt by prompt) where nothing else is right.
+    `way` is how: "vllm" where an `engine` is given that makes one; "graphs" and "pages" on CUDA in half precision (paged
+    keys, with and without graphs of the steps); "cells" on any device; "plain" (the model's own attention and cache,
+    prompt by prompt) where nothing else is right.
     `problems` says in words why a faster way was not taken.
     """
 
-    def __init__(self, net: Net, *, stops: frozenset[int], max_completion: int, temperature: float, slots: int) -> None:
+    def __init__(
+        self,
+        net: Net,
+        *,
+        stops: frozenset[int],
+        max_completion: int,
+        temperature: float,
+        slots: int,
+        engine: Callable[[], Vllm] | None = None,
+    ) -> None:
         self.net = net
         self.stops = stops
         self.max_completion = max_completion
         self.temperature = temperature
         self.slots = slots
+        self.engine = engine
+        self.vllm: Vllm | None = None
         self.merged: Merged | None = None
         self._paged: tuple[Pages, Decoder] | None = None
         self.way: Way = "plain"
@@ -54,8 +67,9 @@ class Rollout:
 
     def refresh(self) -> None:
         """Merge the weights as they are now. To be called after every optimizer step, and after weights were loaded."""
-        if self.merged is not None:
-            self.merged.refresh()
+        held = self.vllm or self.merged
+        if held is not None:
+            held.refresh()
 
     def generate(
         self,
@@ -72,8 +86,9 @@ class Rollout:
         """
         if not all(ask.ids for ask in asks):
             raise ValueError("a prompt needs at least one token")
-        if self.merged is not None and self.merged.stale:
-            self.merged.refresh()
+        held = self.vllm or self.merged
+        if held is not None and held.stale:
+            held.refresh()
         return self._write(asks, None if greedy else key, self.stops, self.max_completion, told, stopped)
 
     @torch.inference_mode()
@@ -86,6 +101,8 @@ class Rollout:
         told: Told | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> list[Sample] | None:
+        if self.vllm is not None:
+            return self.vllm.write(asks, key, stops, limit, told, stopped)
         if self.way == "plain":
             return self._plainly(asks, key, stops, limit, told, stopped)
         decoder = self._decoder(max((len(ask.ids) for ask in asks), default=1), stops, limit)
@@ -102,7 +119,7 @@ class Rollout:
             return Decoder(self.merged, Cells(self.slots, self.net.device), **more)
         kept = self._paged
         if kept is None or kept[0].longest < longest or kept[0].limit != limit or kept[1].stops.numel() != len(stops):
-            self._paged = None
+            self._paged = kept = None  # its pages are free memory before new ones are made
             store = self._pages(longest, limit)
             self._paged = kept = (store, Decoder(self.merged, store, **more, graphs=self.way == "graphs"))
         return kept[1]
@@ -151,6 +168,8 @@ class Rollout:
     # --- which way is exact -----------------------------------------------------------------------------------------
 
     def _ways(self) -> Iterator[Way]:
+        if self.engine is not None:
+            yield "vllm"
         half = self.net.autocast in HALVES or self.net.head.weight.dtype in HALVES
         if self.net.device.type == "cuda" and half:
             yield from ("graphs", "pages")
@@ -161,7 +180,9 @@ class Rollout:
         for way in self._ways():
             self.way = way
             try:
-                if self.merged is None:
+                if way == "vllm" and self.engine is not None:
+                    self.vllm = self.engine()
+                elif self.merged is None:
                     self.merged = Merged(self.net)
                 gap = self._gap()
             except (MemoryError, torch.OutOfMemoryError):
@@ -174,6 +195,9 @@ class Rollout:
                     return
                 found = f"differs from the model in training by {gap:.1e} nats a token"
             self._paged = None
+            if self.vllm is not None:
+                self.vllm.close()
+                self.vllm = None
             self.problems += (f"Writing samples by {way} {found}.",)
         self.way, self.merged = "plain", None
         self.problems += ("Samples are written prompt by prompt with the model's own attention, which takes longer.",)

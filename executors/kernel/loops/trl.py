@@ -153,13 +153,15 @@ class TrlEngine:
             try:
                 with _as_it_was(self.net.causal, pad=self.spec.method != "reward"):
                     self._trainer = self._make()
-                    self._train()
+                    self.within()
+                    with self._heard():
+                        self._train()
             except Interrupted:
                 if self.cursor.step:
                     self.save()
                 return Outcome("stopped", self.cursor.step, None, self.cursor.ledger)
         early = self.cursor.step < self.total
-        best = self.cursor.best_step if self.train.early_stopping is not None else None
+        best = (self.cursor.best_step or None) if self.train.early_stopping is not None else None
         return Outcome("early" if early else "finished", self.cursor.step, best, self.cursor.ledger)
 
     def _train(self) -> None:
@@ -173,6 +175,15 @@ class TrlEngine:
             self._clock = time.perf_counter()
             trainer.train(resume_from_checkpoint=None if self._from is None else str(self._from))
 
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """While inside, a stop is heard before every forward pass: TRL writes all answers of a step in one call."""
+        hook = self.net.causal.register_forward_pre_hook(lambda *_: self.within())
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def _more(self) -> bool:
         """Whether there are steps to take."""
         return self.cursor.step < self.total and not self._given_up()
@@ -180,7 +191,7 @@ class TrlEngine:
     def restore_best(self) -> int:
         """With early stopping, take back the weights of the best evaluation; returns the step of those in place."""
         best = self.cursor.best_step
-        if self.train.early_stopping is None or best == self.cursor.step:
+        if self.train.early_stopping is None or best in (0, self.cursor.step):
             return self.cursor.step
         folder = checkpoint.step_folder(self.checkpoints, best)
         try:
@@ -205,6 +216,8 @@ class TrlEngine:
 
         def fill(folder: Path) -> None:
             self.net.save(folder)
+            if step % self.repeats:
+                trl_held.save_round(folder, self._trainer)
             scaling = {} if scaler is None else scaler.state_dict()
             cursors.save(folder, self.cursor, self.task, self.optimizer, self.names, scaling)
             epoch = self.sampler.epochs_done(step // self.repeats)
@@ -215,13 +228,13 @@ class TrlEngine:
         folder = checkpoint.step_folder(self.checkpoints, step)
         written = checkpoint.write(folder, fill, step=step, **self.facts)
         best = {self.cursor.best_step} if self.train.early_stopping is not None else set()
-        checkpoint.keep(self.checkpoints, self.train.keep_checkpoints, best)
         self._saved_step = step
         self.reporter.emit(
             Kind.CHECKPOINT,
             {"path": f"checkpoints/{folder.name}", "bytes": written.bytes, "sha256": written.sha256},
             step,
         )
+        checkpoint.keep(self.checkpoints, self.train.keep_checkpoints, best, newest=step)
         self.reporter.progress("saving", 1, 1, unit="checkpoints", step=step)
         self._clock = time.perf_counter()
 
@@ -257,6 +270,7 @@ class TrlEngine:
             self,
             folder=self.checkpoints,
             scaler_state=self._scaler,
+            origin=self._from,
             rewards=self.rewards,
             teacher=self.teacher,
         )
@@ -329,6 +343,10 @@ class TrlEngine:
         found = {name.removeprefix("eval_"): value for name, value in _numbers(figures) if name.startswith("eval_")}
         self.reporter.metric({f"eval/{name}": value for name, value in found.items() if name not in _CLOCKS}, step)
         measure = "reward" if self.spec.method == "rloo" else "loss"
+        if measure == "reward" and figures.get("eval_reward") is None:
+            self.reporter.log(f"No held-out row has a reward at step {step}.", "warning")
+            self.cursor.evaluated_step = step
+            return Wish()
         value = found.get(measure, math.nan)
         if not math.isfinite(value):
             raise _not_a_number(f"evaluation's {measure}", step)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerState, set_seed
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
@@ -16,6 +17,7 @@ from tunesmith.executors.kernel.loops.batches import Sampler
 from tunesmith.executors.kernel.loops.trl_plan import Wish, filled
 from tunesmith.executors.kernel.rewards import Scores
 
+ROUND = "round.safetensors"
 STATE = "trainer_state.json"  # transformers' name: its trainer reads its step and its epoch from there
 
 
@@ -202,6 +204,21 @@ def reward_functions(names: Sequence[str], course: Course) -> list[Callable[...,
         return reward
 
     return [function(index, name) for index, name in enumerate(names)]
+
+
+def save_round(folder: Path, trainer: Any) -> None:
+    """Write the answers of a round that is not over, which weights of an earlier step gave; none may be there yet."""
+    batches = trainer._buffered_inputs
+    if batches:
+        save_file({name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}, folder / ROUND)
+
+
+def load_round(folder: Path, count: int, device: torch.device) -> list[dict[str, torch.Tensor]] | None:
+    """The answers of a round as `count` batches; None where none were saved: then the round writes them anew."""
+    if not (folder / ROUND).exists():
+        return None
+    parts = {name: item.to(device).chunk(count) for name, item in load_file(folder / ROUND).items()}
+    return [{name: items[at] for name, items in parts.items()} for at in range(count)]
 
 
 def state(folder: Path, *, step: int, epoch: float, total: int, micro: int, tokens: int) -> None:

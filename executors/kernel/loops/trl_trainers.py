@@ -32,7 +32,15 @@ from tunesmith.executors.kernel.data import stop_tokens
 from tunesmith.executors.kernel.loops import optimizer as optimizers
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.schedule import factor
-from tunesmith.executors.kernel.loops.trl_held import Course, Held, Mismatched, Order, Watch, reward_functions
+from tunesmith.executors.kernel.loops.trl_held import (
+    Course,
+    Held,
+    Mismatched,
+    Order,
+    Watch,
+    load_round,
+    reward_functions,
+)
 from tunesmith.executors.kernel.loops.trl_plan import Plan
 from tunesmith.executors.kernel.loops.trl_rows import Table, Tables
 from tunesmith.executors.kernel.rewards import Rewards
@@ -55,10 +63,14 @@ def make(
     *,
     folder: Path,
     scaler_state: Mapping[str, Any],
+    origin: Path | None = None,
     rewards: Rewards | None = None,
     teacher: Any = None,
 ) -> Any:
-    """The trainer of a spec's method, ready for `train()`. `folder` is written to by nobody but us."""
+    """The trainer of a spec's method, ready for `train()`. `folder` is written to by nobody but us.
+
+    `origin` is the checkpoint to go on from: inside a round of rloo it holds the answers of that round.
+    """
     disable_progress_bar()
     tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a pad token where it has none
     common = arguments(spec, net, plan, folder)
@@ -96,6 +108,10 @@ def make(
     trainer.course, trainer.scaler_state = course, scaler_state
     grouped = spec.method in ("rloo", "distill")
     trainer.order = Order(plan.sampler, each=plan.each, times=plan.repeats * plan.accumulate if grouped else 0)
+    if spec.method == "rloo":
+        trainer._step = plan.start * plan.accumulate  # TRL counts from 0, and by it knows where a round ends
+        if origin is not None and plan.start % plan.repeats:
+            trainer._buffered_inputs = load_round(origin, plan.accumulate, net.device)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if grouped:

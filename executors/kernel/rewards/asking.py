@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.executors.kernel.rewards.entry import Entry
-from tunesmith.executors.kernel.rewards.guard import Guard
+from tunesmith.executors.kernel.rewards.guard import PATIENCE, Guard
 from tunesmith.executors.kernel.rewards.guarded import MOST_MATHS
 from tunesmith.executors.kernel.rewards.number import MARK
 from tunesmith.executors.kernel.rewards.number import boxed as in_box
 from tunesmith.executors.kernel.rewards.texts import answer_in, normal, references, tagged, text_of, written
 from tunesmith.orchestrator.errors import InputError
+
+MAKING = 120.0  # seconds to make a row of Reasoning Gym again, as many as there were when it was made first
 
 Values = list[float | None]
 Call = Callable[..., Any]
@@ -111,7 +113,7 @@ def gym(entry: Entry, guard: Guard) -> Call:
                 said = answer_in(text_of(done))
                 inside = tagged(said)
                 items[place] = {**item, "answer": (said if inside is None else inside).strip()}
-        for place, outcome in zip(items, guard.map(list(items.values())), strict=True):
+        for place, outcome in zip(items, guard.map(list(items.values()), MAKING + PATIENCE), strict=True):
             values[place] = 0.0 if outcome.slow or outcome.trouble else outcome.value
         return values
 
@@ -128,7 +130,7 @@ def task_of(metadata: Any, row: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     task, config, index = (metadata.get(key) for key in ("source_dataset", "source_config", "source_index"))
     if isinstance(config, Mapping) and isinstance(index, int):
-        return {"task": task, "config": json.dumps(config, sort_keys=True), "index": index}
+        return {"task": task, "config": json.dumps(config, sort_keys=True), "index": index, "making": MAKING}
     entry = {"question": row.get("question", row.get("prompt")), "answer": row.get("answer"), "metadata": metadata}
     return {"task": task, "entry": entry}
 

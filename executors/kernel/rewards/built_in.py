@@ -110,11 +110,12 @@ def _number(text: str, answer: Any) -> float | None:
 
 
 def _exact(text: str, answer: Any) -> float | None:
-    if answer is None:
+    wanted = [found for item in _each(answer) if item is not None and (found := normal(written(item)))]
+    if not wanted:
         return None
     said = answer_in(text)
     options = {normal(said), normal(inner)} if (inner := tagged(said)) is not None else {normal(said)}
-    return float(any(normal(written(item)) in options for item in _each(answer)))
+    return float(any(item in options for item in wanted))
 
 
 def _same_json(text: str, answer: Any) -> float | None:

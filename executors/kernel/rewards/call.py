@@ -59,12 +59,16 @@ class Batch:
     rows: Sequence[int] = ()
 
     def keywords(self, reward: Reward) -> dict[str, Any]:
-        """The arguments of a call. A user's function gets what TRL gives it; what is built in only sees the data."""
+        """The arguments of a call. What is built in only sees the data.
+
+        A user's function gets what TRL gives it, in lists of its own: it may change them.
+        """
         left_out = _TAKEN | _NOT_PASSED if reward.file else _TAKEN
         columns = {name: list(cells) for name, cells in self.columns.items() if name not in left_out}
-        tools = self.tools if reward.file else {}
-        texts = {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.completion_ids}
-        return {**columns, **texts, **tools}
+        texts = {**columns, "prompts": self.prompts, "completions": self.completions}
+        if not reward.file:
+            return {**texts, "completion_ids": self.completion_ids}
+        return {**_own(texts), "completion_ids": [list(ids) for ids in self.completion_ids], **self.tools}
 
     def only(self, at: int) -> Batch:
         """The sample at one place, by itself."""
@@ -82,6 +86,13 @@ class Batch:
         """Which sample that is, for people."""
         row = f" (row {self.rows[at]:,})" if self.rows else ""
         return f"completion {at + 1:,} of {len(self.completions):,}{row}"
+
+
+def _own(value: Any) -> Any:
+    """A value with lists and mappings of its own, as deep as JSON goes."""
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    return [_own(item) for item in value] if isinstance(value, list) else value
 
 
 def ask(reward: Reward, batch: Batch) -> Values:

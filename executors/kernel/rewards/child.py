@@ -58,21 +58,28 @@ def main() -> None:
         answer(_one(work, json.loads(line)))
 
 
-def _one(work: Callable[[dict[str, Any]], Any], item: dict[str, Any]) -> dict[str, Any]:
-    used = resource.getrusage(resource.RUSAGE_SELF)
+def _one(work: guarded.Work, item: dict[str, Any]) -> dict[str, Any]:
+    """The answer to an item. "making" are the seconds for what comes before the work on the hostile text."""
     alarm = float(item.get("alarm", ALARM))
-    seconds = math.ceil(used.ru_utime + used.ru_stime + max(PROCESSOR, 2 * alarm))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    signal.setitimer(signal.ITIMER_REAL, alarm)
     try:
-        try:
-            return {"value": work(item)}
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        found = _within(float(item.get("making", alarm)), lambda: work(item))
+        return {"value": _within(alarm, found) if callable(found) else found}
     except (Slow, MemoryError):
         return {"slow": True}
     except (Exception, SystemExit) as error:
         return {"trouble": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _within(alarm: float, call: Callable[[], Any]) -> Any:
+    """What a call gives. Raises Slow after so many seconds; a call that cannot be interrupted ends this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = math.ceil(used.ru_utime + used.ru_stime + max(PROCESSOR, 2 * alarm))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    signal.setitimer(signal.ITIMER_REAL, alarm)
+    try:
+        return call()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _ring(number: int, frame: FrameType | None) -> None:

@@ -48,7 +48,9 @@ def number_in(value: Any) -> Fraction | None:
     """The number of a reference: a number as it is, a text by `final_number`, anything else None."""
     if isinstance(value, bool) or value is None:
         return None
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
+        return Fraction(value) if abs(value) < 10**MOST_DIGITS else None
+    if isinstance(value, float):
         return Fraction(str(value)) if math.isfinite(value) and abs(value) < 1e300 else None
     return final_number(value) if isinstance(value, str) else None
 

@@ -64,7 +64,8 @@ def dry_run(rewards: Rewards, prompts: Sequence[Prompt]) -> tuple[Finding, ...]:
     batch = Batch(
         prompts=[prompt.prompt for prompt in asked],
         completions=[_completion(prompt, text) for prompt in sample for text in texts],
-        completion_ids=[list(prompt.ids[: len(text.split())]) for prompt in sample for text in texts],
+        # No rollout gives a completion without a token: an empty one is its stop token.
+        completion_ids=[list(prompt.ids[: max(1, len(text.split()))]) for prompt in sample for text in texts],
         columns=columns_of([prompt.columns for prompt in asked]),
         tools=rewards.tools({}, {}),
         rows=[prompt.row for prompt in asked],

@@ -16,28 +16,35 @@ from tunesmith.orchestrator.nouns import DataReport, Device, Finding, JobSpec
 # --- what would fit ------------------------------------------------------------------------------------------------
 
 
-def does_not_fit(layout: Layout, device: Device, budget: int, one: tuple[int, int]) -> Finding:
-    """The error for what does not fit, with what would. `one`: (tokens, longest sequence) of a single row."""
+def does_not_fit(layout: Layout, device: Device, budget: int, least: tuple[int, int, int], sharers: int) -> Finding:
+    """The error for what does not fit, with what would. `budget` is the part of each of `sharers` processes.
+
+    `least`: rows of the smallest micro-batch, its tokens, and its longest sequence.
+    """
     safe, peak = size.SAFE_SHARE[device.kind], size.peak(layout)
-    capped = budget < device.memory_bytes
-    there = f"limits.memory_gb allows {in_gib(budget)}" if capped else f"{device.hardware} has {in_gib(budget)}"
-    ways = [*_fewest_changes(layout, device, budget, one), *_smaller_models(layout, budget, one[0])]
-    ways.append(f"a device with {math.ceil(peak.high / safe / size.GIB)} GiB")
+    capped = budget < device.memory_bytes // sharers
+    whole = in_gib(budget * sharers)
+    there = f"limits.memory_gb allows {whole}" if capped else f"{device.hardware} has {whole}"
+    each, shared = ("Each process", f", for {sharers:,} processes") if sharers > 1 else ("It", "")
+    ways = [*_fewest_changes(layout, device, budget, least), *_smaller_models(layout, budget, least[1])]
+    if sharers > 1 and size.fits(layout, budget * sharers):
+        ways.append("hardware.processes=1")
+    ways.append(f"a device with {math.ceil(sharers * peak.high / safe / size.GIB)} GiB")
     return Finding(
         level="error",
         code="size.does_not_fit",
-        message=f"It needs about {in_gib(peak.expected)} (up to {in_gib(peak.high)}); {there}, "
-        f"of which {in_gib(safe * budget)} can be planned with.",
+        message=f"{each} needs about {in_gib(peak.expected)} (up to {in_gib(peak.high)}); {there}{shared}, "
+        f"of which {in_gib(safe * budget)} can be planned with{' for each' if shared else ''}.",
         where="limits.memory_gb" if capped else f"hardware {device.hardware}",
         fix="This would fit: " + "; ".join(ways) + ".",
     )
 
 
-def _fewest_changes(layout: Layout, device: Device, budget: int, one: tuple[int, int]) -> list[str]:
+def _fewest_changes(layout: Layout, device: Device, budget: int, least: tuple[int, int, int]) -> list[str]:
     """Settings that make it fit together, those with the same result first; empty where none do."""
-    tokens, longest = one
+    rows, tokens, longest = least
     steps: list[tuple[str, dict[str, Any]]] = [
-        ("train.micro_batch=1 (same result)", {"tokens": tokens}),
+        (f"train.micro_batch={rows} (same result)", {"tokens": tokens}),
         ("train.activation_checkpointing=true (same result, slower)", {"checkpointing": True}),
     ]
     if layout.kind == "none":
@@ -87,14 +94,20 @@ def notes(
     asked: JobSpec, chosen: JobSpec, facts: ModelFacts, report: DataReport, device: Device, *, timed: bool
 ) -> list[Finding]:
     """Findings on a spec as `asked` and as `chosen`: errors for what the kernel will refuse, warnings, assumptions."""
-    return [*_refused(asked, facts, device), *_unusual(asked, chosen, facts, report), *_assumed(chosen, report, timed)]
+    return [
+        *_refused(asked, facts, report, device),
+        *_unusual(asked, chosen, facts, report),
+        *_assumed(chosen, report, timed),
+    ]
 
 
-def _refused(asked: JobSpec, facts: ModelFacts, device: Device) -> list[Finding]:
-    values = {"adapter.kind": asked.adapter.kind, "train.optimizer": asked.train.optimizer}
+def _refused(asked: JobSpec, facts: ModelFacts, report: DataReport, device: Device) -> list[Finding]:
+    train = asked.train
+    values = {"adapter.kind": asked.adapter.kind, "train.optimizer": train.optimizer, "train.dtype": train.dtype}
     reasons = {
         ("adapter.kind", "qlora"): defaults.no_4bit(device),
         ("train.optimizer", "adamw-8bit"): defaults.no_8bit(device),
+        ("train.dtype", "float16"): defaults.no_float16(device),
     }
     refused = {what: why for what, why in reasons.items() if why}
     found = [*_through_trl(asked, device)] if asked.method in THROUGH_TRL else []
@@ -109,6 +122,17 @@ def _refused(asked: JobSpec, facts: ModelFacts, device: Device) -> list[Finding]
         for (key, value), why in refused.items()
         if values[key] == value
     ]
+    unheld = report.eval_rows == 0 or (asked.eval.source is None and asked.eval.fraction == 0)
+    if train.early_stopping is not None and unheld:
+        found.append(
+            Finding(
+                level="error",
+                code="train.early_stopping",
+                message="train.early_stopping needs rows to evaluate on, and none are held out.",
+                where="train.early_stopping",
+                fix="Set eval.fraction above 0, name an eval.source, or leave train.early_stopping out.",
+            )
+        )
     if asked.adapter.targets != "auto" and asked.adapter.kind != "none" and not facts.experts:
         heads = {*facts.linears, "all-linear", "lm_head"}
         unknown = [name for name in asked.adapter.targets if name.rpartition(".")[2] not in heads]

@@ -68,6 +68,11 @@ def no_8bit(device: Device) -> str | None:
     return no_4bit(device)
 
 
+def no_float16(device: Device) -> str | None:
+    """Why float16 cannot be trained on a device; None where it can: its small gradients need a GPU's scaled losses."""
+    return None if device.kind == "cuda" else "It needs an NVIDIA GPU."
+
+
 def dtype(device: Device, full: bool) -> tuple[str, str]:
     """The type computed in: that of a frozen base, or of the products where all weights train in float32."""
     rest = "; the weights themselves stay in float32" if full else ", at half the memory; adapters stay in float32"

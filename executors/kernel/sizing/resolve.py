@@ -15,7 +15,7 @@ from typing import Any, cast
 from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
 from tunesmith.executors.kernel.sizing import advice, defaults, size, time
-from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL, USUAL_SHARE, Rows, written
+from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL, USUAL_SHARE, Rows, processes, shares, written
 from tunesmith.executors.kernel.sizing.size import Kind, Layout, in_gib
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import (
@@ -116,10 +116,20 @@ class _Fitting:
     # --- what memory decides ---
 
     @property
+    def ranks(self) -> int:
+        """Processes that share each step, each with the whole model: on GPUs of their own, or on one machine's CPU."""
+        return processes(self.spec.hardware)
+
+    @property
+    def sharers(self) -> int:
+        """Processes that share the device's memory."""
+        return 1 if self.device.kind == "cuda" else self.ranks
+
+    @property
     def budget(self) -> int:
-        """Bytes the job may plan with: the device's, or the user's cap."""
-        cap = self.spec.limits.memory_gb
-        return min(self.device.memory_bytes, int(cap * size.GIB)) if cap is not None else self.device.memory_bytes
+        """Bytes that a process may plan with: its part of the device's, or of the user's cap."""
+        cap, there = self.spec.limits.memory_gb, self.device.memory_bytes
+        return (min(there, int(cap * size.GIB)) if cap is not None else there) // self.sharers
 
     @property
     def rows(self) -> Rows:
@@ -146,7 +156,7 @@ class _Fitting:
     def layout(self, kind: str, count: int, checkpointing: bool, optimizer: str, **changes: Any) -> Layout:
         """What is held with these knobs."""
         tokens, longest = self.tokens_of(count)
-        rows, effective = self.rows, int(self.values["train.effective_batch"])
+        rows, effective = self.rows, math.ceil(int(self.values["train.effective_batch"]) / self.ranks)  # this rank's
         values: dict[str, Any] = {
             "facts": self.facts,
             "kind": cast(Kind, kind),
@@ -165,9 +175,15 @@ class _Fitting:
             "cached": rows.cached(effective, self.device.kind, str(self.values["train.dtype"])),
             "paged": rows.paged(self.device.kind, str(self.values["train.dtype"])),
             "copied": self.spec.method == "grpo",
+            "lent": self._lent(),
             "beside": self._beside(kind == "none"),
         }
         return Layout(**{**values, **changes})
+
+    def _lent(self) -> int:
+        """Bytes that vLLM takes, as the run will: on one GPU only."""
+        alone = self.spec.method == "grpo" and self.device.kind == "cuda" and self.ranks == 1
+        return round(self.spec.grpo.vllm * self.device.memory_bytes) if alone else 0
 
     def _beside(self, full: bool) -> int:
         """Bytes of another model: the teacher, or a frozen copy to compare with where no adapter is switched off."""
@@ -200,14 +216,31 @@ class _Fitting:
     def _rows_at_once(self) -> list[int]:
         """Micro-batches to try, the largest first: those that split the effective batch most evenly."""
         given, effective = self.spec.train.micro_batch, self.rows.counted(int(self.values["train.effective_batch"]))
-        if given != "auto":
+        if self.spec.method in THROUGH_TRL:
+            sizes = shares(self.spec.method, effective)[::-1]
+            if given != "auto":
+                return [next((rows for rows in sizes if rows <= given), sizes[-1])]
+        elif given != "auto":
             return [given]
-        shares = sorted({math.ceil(effective / count) for count in range(1, effective + 1)}, reverse=True)
-        if self.spec.method in THROUGH_TRL:  # TRL weighs micro-batches alike, and KTO compares the rows of one
-            least = min(effective, 2 if self.spec.method == "kto" else 1)
-            shares = [count for count in shares if effective % count == 0 and count >= least]
+        else:
+            sizes = sorted({math.ceil(effective / count) for count in range(1, effective + 1)}, reverse=True)
         most = TOKENS_AT_ONCE[self.device.kind]
-        return [rows for rows in shares if rows == shares[-1] or self.tokens_of(rows)[0] <= most]
+        fast = [rows for rows in sizes if self.tokens_of(rows)[0] <= most and self._batches(rows) >= self.ranks]
+        return fast if fast[-1:] == sizes[-1:] else [*fast, sizes[-1]]
+
+    def _least(self) -> int:
+        """Rows of the smallest micro-batch there can be."""
+        counted = self.rows.counted(int(self.values["train.effective_batch"]))
+        return shares(self.spec.method, counted)[0] if self.spec.method in THROUGH_TRL else 1
+
+    def _batches(self, micro: int) -> int:
+        """Micro-batches that a step has at least: packed, they hold more rows than they are made for."""
+        rows, effective, known = self.rows, int(self.values["train.effective_batch"]), self.report.tokens
+        count = math.ceil(rows.counted(effective) / micro)
+        if not rows.packing or known is None or not self.report.used_rows:
+            return count
+        usual = rows.usual(known.total.expected / self.report.used_rows)
+        return max(1, min(count, math.ceil(effective * usual / (micro * rows.budget()))))
 
     def fit(self) -> tuple[Layout, int]:
         """The first knobs that fit with their largest micro-batch; the least that could be tried where none do."""
@@ -224,7 +257,7 @@ class _Fitting:
     def _settle(self, layout: Layout, rows: int) -> tuple[Layout, int]:
         effective = self.rows.counted(int(self.values["train.effective_batch"]))
         share = in_gib(size.SAFE_SHARE[self.device.kind] * self.budget)
-        count = math.ceil(effective / rows)
+        count, given = math.ceil(effective / rows), self._given("train.micro_batch")
         bits = 8 * size.BYTES[layout.dtype]
         reason = {
             "lora": "LoRA trains a small adapter and leaves the model as it is",
@@ -236,7 +269,11 @@ class _Fitting:
             self._set("train.dtype", layout.dtype, why)
         what = "answers" if self.spec.method == "rloo" else "rows"
         why = f"the most that is fast and fits into {share}; {count} of them make a step of {effective} {what}"
+        why += f", which {self.ranks} processes share" if self.ranks > 1 else ""
         self._set("train.micro_batch", rows, why)
+        if given not in ("auto", rows):
+            why = f"steps are cut into equal micro-batches: of {effective} {what}, {rows} go at once where {given} may"
+            self.resolved.append(Resolved(key="train.micro_batch", value=rows, why=why))
         why = (
             f"without it the step does not fit into {share}" if layout.checkpointing else "it fits without, and faster"
         )
@@ -290,7 +327,10 @@ class _Fitting:
         written = rows.written * USUAL_SHARE
         again = min(1.0, count / visits) if count is not None else 1.0
         held = (self.report.eval_rows or 0) * (1 + math.ceil(total / max(1, defaults.eval_steps(total)[0])))
-        passes = self._passes(rows, visits / effective, held)
+        sharing = self.ranks // self.sharers  # GPUs; processes on a CPU share its cores, and gain nothing
+        own = math.ceil(effective / sharing)  # rows of a step for which one of them writes answers
+        passes = self._passes(rows, visits / effective, held, own)
+        batches = self._batches(micro)
         work = time.Work(
             facts=self.facts,
             adapter=layout.kind != "none",
@@ -302,21 +342,25 @@ class _Fitting:
             supervised_share=rows.scored(),
             mean=mean + written,
             steps=total,
-            micro_batches=total * math.ceil(rows.counted(effective) / micro),
+            micro_batches=total * batches,
             read=visits * rows.read(mean, written, again=again) + held * (mean if written else rows.trained(mean, 0)),
             passes=passes,
-            slots=layout.slots,
+            slots=rows.slots(own, self.device.kind),
             context=mean + written / 2,
             eager=self.spec.method in THROUGH_TRL,
+            shared=batches / math.ceil(batches / sharing),  # a GPU without a micro-batch waits for the others
         )
         return time.estimate(work, self.device)
 
-    def _passes(self, rows: Rows, rounds: float, held: int) -> float:
-        """Forward passes that write one token each: in every round of training, and for the rows held out."""
+    def _passes(self, rows: Rows, rounds: float, held: int, own: int) -> float:
+        """Forward passes that write one token each: in every round of training, and for the rows held out.
+
+        `own`: rows of a step for which one process writes, while the others write for theirs.
+        """
         if not rows.written:
             return 0.0
         effective = int(self.values["train.effective_batch"])
-        made, slots = effective * rows.answers, rows.slots(effective, self.device.kind)
+        made, slots = own * rows.answers, rows.slots(own, self.device.kind)
         training = max(
             rows.written, made * rows.written * USUAL_SHARE / slots
         )  # none is faster than the longest answer
@@ -327,7 +371,9 @@ class _Fitting:
         effective = int(self.values["train.effective_batch"])
         peak, fits = size.peak(layout), size.fits(layout, self.budget)
         if not fits:
-            self.findings.append(advice.does_not_fit(layout, self.device, self.budget, self.tokens_of(1)))
+            least = self._least()
+            tried = least, *self.tokens_of(least)
+            self.findings.append(advice.does_not_fit(layout, self.device, self.budget, tried, self.sharers))
         return Size(
             params=self.facts.params,
             trainable=size.trainable(layout.facts, layout.kind, layout.rank, layout.targets),

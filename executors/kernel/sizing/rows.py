@@ -8,7 +8,9 @@ sequence, a prompt with one answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tunesmith.orchestrator.nouns import SAMPLED, JobSpec
 
@@ -24,6 +26,23 @@ def written(spec: JobSpec) -> int:
     if spec.method not in SAMPLED:
         return 0
     return spec.distill.max_completion if spec.method == "distill" else spec.grpo.max_completion
+
+
+def processes(hardware: str | Mapping[str, Any] | None) -> int:
+    """How many processes the spec asks for: one for each of {gpus: N}, or {processes: N} on a CPU; otherwise one."""
+    if not isinstance(hardware, Mapping):
+        return 1
+    count = hardware.get("gpus") or hardware.get("processes")
+    return max(1, count) if isinstance(count, int) else 1
+
+
+def shares(method: str, count: int) -> list[int]:
+    """Micro-batches that TRL's trainers can cut a step of `count` into, the smallest first, as in loops/trl_plan.py.
+
+    TRL weighs micro-batches alike, so they are equal; KTO compares the rows of one, so they have two at least.
+    """
+    least = min(count, 2 if method == "kto" else 1)
+    return [share for share in range(least, count + 1) if count % share == 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,7 @@ class Layout:
     cached: int = 0  # tokens whose keys and values are held for that
     paged: bool = False  # whether those lie in pages that are kept from step to step
     copied: bool = False  # whether what writes has a copy of the adapted layers, the adapter merged in
+    lent: int = 0  # bytes of the device that another library writes answers with
     beside: int = 0  # bytes of another model: a teacher, or a reference that cannot be had by switching an adapter off
 
     def but(self, **changes: object) -> Layout:
@@ -159,7 +160,9 @@ def parts(layout: Layout) -> dict[str, int]:
         "logits": logits,
     }
     moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
-    if layout.slots:
+    if layout.lent:  # all of it, also while training; and one layer, merged, on its way there
+        sizes["rollout"] = layout.lent + 4 * width * max(inputs * outputs for inputs, outputs in facts.linears.values())
+    elif layout.slots:
         cache = facts.layers * pairs * width * layout.cached
         writing = cache * (not layout.paged) + 10 * facts.vocabulary * layout.slots
         sizes["rollout"] = max(0, writing - moving)  # gone before training begins again

@@ -20,6 +20,7 @@ _TRAFFIC = {"cpu": 0.60, "cuda": 0.85, "mps": 0.60}  # of the bandwidth
 _START = {"cpu": (6.0, 15.0, 60.0), "cuda": (10.0, 25.0, 90.0), "mps": (6.0, 15.0, 60.0)}  # imports, load, first step
 _LAUNCH = 9e-6  # seconds for each kernel on a GPU
 _READ = 1e9  # bytes/s of weights from disk
+_LINK = 1e10  # bytes/s between GPUs, over PCIe
 _MOVED = {(True, False): 888, (True, True): 1240, (False, False): 450, (False, True): 626}  # (adapter, checkpointing)
 _KERNELS = {(True, False): 252, (True, True): 342, (False, False): 110, (False, True): 163}
 _WRITING = {False: 14, True: 45}  # kernels of one block for one token: ours, and a model's own code
@@ -34,6 +35,7 @@ class Work:
     read      tokens in passes without gradients
     passes    forward passes that write one token to each of `slots` answers, `context` tokens long on average
     eager     whether the model's own code writes, launch by launch, as under TRL
+    shared    how many GPUs work on a step, on average; `passes` and `slots` are those of one
     """
 
     facts: ModelFacts
@@ -52,6 +54,7 @@ class Work:
     slots: int = 0
     context: float = 0.0
     eager: bool = False
+    shared: float = 1.0
 
 
 def flops_per_token(work: Work, *, forward_only: bool = False) -> float:
@@ -104,6 +107,9 @@ def estimate(work: Work, device: Device) -> TimeEstimate | None:
         reads = (3 if work.checkpointing else 2) * 2.5 * facts.matmul_params * work.micro_batches
         expected += reads / ((device.bandwidth or 1e11) * _TRAFFIC[device.kind])
     beside = work.read * seconds_per_token(work, device, forward_only=True)
+    expected, beside = expected / work.shared, beside / work.shared
+    if work.shared > 1:  # gradients in float32 go round all GPUs once to be added up, and once more as sums
+        expected += 2 * 4 * work.trained * work.steps / _LINK
     beside += work.passes * seconds_per_pass(work, device)
     weights = facts.params * (4 if work.dtype == "float32" else 2)
     low, usual, high = _START[device.kind]

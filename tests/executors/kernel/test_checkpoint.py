@@ -37,6 +37,17 @@ def test_what_is_written_verifies(tmp_path):
     assert written.bytes == sum(path.stat().st_size for path in written.path.rglob("*") if path.is_file())
 
 
+def test_the_names_of_new_folders_survive_a_power_cut(tmp_path, monkeypatch):
+    flushed = []
+    usual = checkpoint.flush_folder
+    monkeypatch.setattr(checkpoint, "flush_folder", lambda folder: flushed.append(folder) or usual(folder))
+    saved(tmp_path / "checkpoints", 10)
+    assert flushed[0] == tmp_path
+    assert flushed[-1] == tmp_path / "checkpoints"
+    saved(tmp_path / "checkpoints", 20)
+    assert flushed.count(tmp_path) == 1
+
+
 def truncate(folder):
     os.truncate(folder / "weights.safetensors", 5000)
 
@@ -228,6 +239,18 @@ def test_the_newest_are_kept_and_the_best_with_them(tmp_path):
         saved(tmp_path, step)
     checkpoint.keep(tmp_path, 2, {10})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000030", "step-00000040"]
+
+
+def test_damaged_ones_ahead_of_a_resumed_run_do_not_push_out_what_it_writes(tmp_path):
+    for step in (10, 20, 30):
+        saved(tmp_path, step)
+    for step in (20, 30):
+        truncate(checkpoint.step_folder(tmp_path, step))
+    assert checkpoint.newest_verified(tmp_path).manifest["step"] == 10
+    saved(tmp_path, 15)
+    checkpoint.keep(tmp_path, 1, newest=15)
+    assert checkpoint.newest_verified(tmp_path).manifest["step"] == 15
+    assert [step for step, _ in checkpoint.steps(tmp_path)] == [30, 20, 15]
 
 
 KILLED = """

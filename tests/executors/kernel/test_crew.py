@@ -11,7 +11,8 @@ import pytest
 
 from tunesmith.executors.kernel import crew
 from tunesmith.executors.kernel.crew import Crew, Seat
-from tunesmith.orchestrator.errors import InputError, JobFailed
+from tunesmith.executors.kernel.sizing.rows import processes
+from tunesmith.orchestrator.errors import InputError, JobFailed, Stopped
 from tunesmith.orchestrator.events import Kind
 
 # A rank that says again and again in a file that it lives, or does what else its environment tells.
@@ -39,6 +40,7 @@ RANK_0 = """
 import sys, time
 from pathlib import Path
 from tunesmith.executors.kernel.crew import Crew, Seat
+from tunesmith.executors.kernel.sizing.rows import processes
 
 with Crew(Path(sys.argv[1]), Seat(0, 3), print, command=(sys.executable, "-P", sys.argv[2])) as one:
     print(*(child.pid for child in one._children), flush=True)
@@ -98,37 +100,103 @@ def cause(one):
     ],
 )
 def test_how_many_processes_a_spec_asks_for(hardware, count):
-    assert crew.processes(hardware) == count
+    assert processes(hardware) == count
 
 
 @pytest.mark.parametrize("hardware", ["cpu", {"processes": 2}, {"gpus": 0}])
 def test_processes_on_a_cpu(hardware):
-    assert [device.type for device in crew.devices(hardware)] == ["cpu"] * crew.processes(hardware)
+    assert [device.type for device in crew.devices(hardware)] == ["cpu"] * processes(hardware)
+
+
+@pytest.fixture
+def put_in(monkeypatch):
+    """Puts cards of these names into the machine, as torch sees it."""
+    import torch
+
+    def put(cards, current=0):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "get_device_name", cards.__getitem__)
+
+    return put
 
 
 @pytest.mark.parametrize(
-    "cards, current, chosen",
+    "hardware, cards, current, chosen",
     [
-        (["H100", "H100", "H100"], 0, [0, 1]),
-        (["T4", "H100", "T4", "T4"], 0, [0, 2]),
-        (["T4", "H100", "T4"], 2, [2, 0]),
-        (["T4", "H100"], 0, None),
-        ([], 0, None),
+        ({"gpus": 2}, ["H100", "H100", "H100"], 0, [0, 1]),
+        ({"gpus": 2}, ["T4", "H100", "T4", "T4"], 0, [0, 2]),
+        ({"gpus": 2}, ["T4", "H100", "T4"], 2, [2, 0]),
+        ({"gpus": 2}, ["T4", "H100", "H100"], 0, [1, 2]),
+        ({"gpus": 1}, ["T4", "H100"], 1, [1]),
+        ("H100", ["T4", "H100", "H100"], 0, [1]),
+        ("H100", ["T4", "H100", "H100"], 2, [2]),
+        ("cuda", ["T4", "H100"], 0, [0]),
+        (None, ["T4", "H100"], 1, [1]),
+        ({}, ["T4"], 0, [0]),
     ],
 )
-def test_gpus_of_one_kind_are_taken(cards, current, chosen, monkeypatch):
+def test_the_gpus_asked_for_are_taken_and_several_are_of_one_kind(hardware, cards, current, chosen, put_in):
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    monkeypatch.setattr(torch.cuda, "get_device_name", cards.__getitem__)
-    if chosen is None:
-        with pytest.raises(InputError) as caught:
-            crew.devices({"gpus": 2})
-        assert caught.value.code == "hardware.gpus"
-    else:
-        assert crew.devices({"gpus": 2}) == [torch.device("cuda", index) for index in chosen]
+    put_in(cards, current)
+    assert crew.devices(hardware) == [torch.device("cuda", index) for index in chosen]
+
+
+@pytest.mark.parametrize(
+    "hardware, cards, words",
+    [
+        ({"gpus": 2}, ["T4", "H100"], "asks for 2 GPUs, and this machine has 1 T4, 1 H100."),
+        ({"gpus": 2}, [], "asks for 2 GPUs, and this machine has none."),
+        ({"gpus": 1}, [], "asks for a GPU, and this machine has none."),
+        ("NVIDIA L4", [], "asks for the GPU 'NVIDIA L4', and this machine has none."),
+        ("NVIDIA L4", ["Tesla T4", "Tesla T4"], "asks for the GPU 'NVIDIA L4', and this machine has 2 Tesla T4."),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_missed_and_no_cpu_steps_in(hardware, cards, words, put_in):
+    put_in(cards)
+    with pytest.raises(InputError) as caught:
+        crew.devices(hardware)
+    assert caught.value.code == "hardware.gpus"
+    assert words in caught.value.message
+    assert caught.value.why
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("hardware", [None, "auto", {}])
+def test_where_nothing_is_asked_for_a_cpu_will_do(hardware, put_in):
+    put_in([])
+    assert [device.type for device in crew.devices(hardware)] == ["cpu"]
+
+
+def test_a_stop_ends_the_wait_for_the_others_before_training_and_not_after_it(tmp_path, monkeypatch):
+    """What a rank has trained is not thrown away for a stop that comes while it waits for the others to finish."""
+    import torch
+
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    one = Crew(tmp_path, Seat(0, 2), pytest.fail)
+    one.place.mkdir()
+    store = torch.distributed.FileStore(str(one.place / "meet"))
+    looks = []
+
+    def check():
+        looks.append(None)
+        if len(looks) == 3:
+            store.set("leave/1", "here")
+
+    def stop():
+        raise Stopped("The attempt was told to end.")
+
+    monkeypatch.setattr(one, "check", check)
+    with pytest.raises(Stopped):
+        one.join(torch.device("cpu"), stop)
+    store.set("join/1", "here")
+    ranks = one.join(torch.device("cpu"), stop)
+    looks.clear()
+    one.part(ranks)
+    assert len(looks) == 3
 
 
 def test_a_process_alone_starts_nobody(tmp_path):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from tunesmith.executors.kernel import data
-from tunesmith.executors.kernel.evaluate import held_out, metric, right
+from tunesmith.executors.kernel import data, evaluate, weights
+from tunesmith.executors.kernel.evaluate import generate, held_out, metric, right
 from tunesmith.orchestrator.errors import InputError
-from tunesmith.orchestrator.nouns import Attempt, DataSource, EvalSpec, JobSpec, ModelRef
+from tunesmith.orchestrator.nouns import Attempt, DataSource, EvalSpec, JobSpec, ModelRef, plain
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,47 @@ def test_plain_text_has_nothing_to_compare(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         held_out(attempt(path))
     assert caught.value.code == "evaluate.no_rows"
+
+
+def test_without_a_token_for_padding_the_end_of_text_pads(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    prompts = ["a long prompt", "short"]
+    usual = generate(model, tokenizer, prompts, 4)
+    tokenizer.pad_token = None
+    assert generate(model, tokenizer, prompts, 4) == usual
+
+
+@pytest.mark.parametrize(("rows", "code"), [("0", "evaluate.rows"), ("-1", "evaluate.rows"), ("2", "internal")])
+def test_whatever_goes_wrong_is_told_as_an_error(
+    tmp_path: Path, rows: str, code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "nowhere"), "--rows", rows])
+    assert evaluate.main() != 0
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == code
+
+
+def test_the_home_is_known_from_the_attempts_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNESMITH_HOME", raising=False)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": "p", "completion": "c"}) + "\n" for _ in range(9))
+    )
+    folder = tmp_path / "jobs" / "j-aaaaaa" / "attempts" / "1"
+    folder.mkdir(parents=True)
+    (folder / "attempt.json").write_text(json.dumps(plain(attempt(tmp_path / "rows.jsonl"))))
+    asked: list[Path] = []
+
+    class Found(Exception):
+        pass
+
+    def locate(ref: ModelRef, cache: Path) -> Path:
+        asked.append(cache)
+        raise Found
+
+    monkeypatch.setattr(weights, "locate", locate)
+    with pytest.raises(Found):
+        list(evaluate.side_by_side(folder, 1))
+    assert asked == [tmp_path / "cache"]

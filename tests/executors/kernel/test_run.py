@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tunesmith.executors.kernel import explain, place
+from tunesmith.executors.kernel import checkpoint, explain, place
 from tunesmith.executors.kernel import run as runs
 from tunesmith.orchestrator.errors import InputError, JobFailed, StorageError
 from tunesmith.orchestrator.events import Kind, decode
@@ -184,6 +184,73 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used(attempt):
     assert runs.run(second) == 0
     assert "step-00000005 is damaged: optimizer.safetensors" in alerts(second)["checkpoint.corrupt"]["message"]
     assert min(series(second, "train/loss")) == 5
+
+
+def damage(folder, step):
+    """Make the checkpoint of a step one byte shorter."""
+    path = folder / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def test_a_good_checkpoint_of_any_earlier_attempt_is_gone_on_from_and_each_damaged_one_named_once(attempt):
+    first = attempt(1)
+    order_at(first, 3)
+    assert runs.run(first) == 75
+    second = attempt(2, resume_from="attempts/1/checkpoints/step-00000003")
+    order_at(second, 5)
+    assert runs.run(second) == 75
+    for step in (4, 5):
+        damage(second, step)
+    stranger = attempt(3)  # of another plan: its checkpoint is not looked at
+    order_at(stranger, 5)
+    assert runs.run(stranger) == 75
+    doc = json.loads((stranger / "attempt.json").read_text())
+    (stranger / "attempt.json").write_text(json.dumps({**doc, "plan_hash": "another"}))
+    (stranger.parent / "4").mkdir()  # without attempt.json
+    fifth = attempt(5, resume_from="attempts/2/checkpoints/step-00000005")
+    assert runs.run(fifth) == 0
+    named = [event.values["where"] for event in events(fifth, Kind.ALERT)]
+    assert named == ["step-00000005", "step-00000004"]
+    assert min(series(fifth, "train/loss")) == 4
+    assert any("step 3 (1)" in event.values["message"] for event in events(fifth, Kind.LOG))
+
+
+def test_an_attempt_that_names_no_checkpoint_starts_anew(attempt):
+    first = attempt(1)
+    order_at(first, 3)
+    assert runs.run(first) == 75
+    second = attempt(2, train={"max_steps": 1})
+    assert runs.run(second) == 0
+    assert min(series(second, "train/loss")) == 1
+
+
+def test_a_checkpoint_that_speaks_of_another_step_is_damaged(tmp_path):
+    for said in (7, "6", None):
+        folder = checkpoint.step_folder(tmp_path, 6)
+        checkpoint.write(folder, lambda inside: (inside / "a").write_bytes(b"a"), step=said)
+        assert "another step" in runs._damage(folder).message
+    checkpoint.write(folder, lambda inside: (inside / "a").write_bytes(b"a"), step=6)
+    assert runs._damage(folder) is None
+
+
+@pytest.mark.parametrize("error, code", [(InputError("No such column."), 2), (JobFailed("Lost."), 1)])
+def test_an_attempt_that_lost_another_rank_ends_with_the_code_of_the_cause(error, code, attempt, monkeypatch):
+    """As the watching thread ends it, where the main one hangs: what was told is kept, and the code is right."""
+    done = []
+
+    class Track:
+        def __init__(self, *_):
+            self.close = lambda: done.append("closed")
+
+        def __call__(self, event):
+            if event.kind is Kind.STATE:
+                done.append(event.values["state"])
+
+    monkeypatch.setattr(runs, "Track", Track)
+    monkeypatch.setattr(runs.os, "_exit", done.append)
+    monkeypatch.setattr(runs.Run, "go", lambda self: self.crew._abandon(error))
+    runs.run(attempt())
+    assert done[:4] == ["starting", "closed", "failed", code]
 
 
 def test_without_a_good_checkpoint_it_starts_anew_and_says_so(attempt):

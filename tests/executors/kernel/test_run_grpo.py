@@ -56,6 +56,7 @@ def test_what_rewards_say_reaches_the_people(grpo):
     assert sorted(logged.values()) == list(logged.values())
     assert logged[4] > logged[1]
     assert sorted(series(folder, "eval/reward")) == sorted(series(folder, "eval/rewards/even")) == [0, 4]
+    assert series(folder, "eval/even/step") == {0: 0.0, 4: 4.0}
     assert "to 1 of" in alerts(folder)["reward.none"]["message"]
     samples = [event.values for event in events(folder, Kind.SAMPLE)]
     assert {tuple(sample["rewards"]) for sample in samples} == {("even",)}

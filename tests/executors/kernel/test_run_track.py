@@ -4,10 +4,12 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
+import types
 
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.executors.kernel.track import Track
-from tunesmith.orchestrator.events import Kind, decode
+from tunesmith.orchestrator.events import Event, Kind, decode, now
 
 # Trackio reads its folder when it is imported: a process of its own, as every attempt is
 PROGRAM = """
@@ -54,6 +56,38 @@ def test_metrics_are_stored_by_their_step_and_nothing_is_printed(tmp_path):
     assert losses == {step: 1 / (step + 1) for step in range(5)}
     assert not any(b"progress" in doc or b"rss" in doc for *_, doc in rows)
     assert (tmp_path / "trackio").stat().st_mode & 0o077 == 0
+
+
+def test_what_others_print_is_never_dropped(tmp_path, capsys, monkeypatch):
+    """While Trackio runs, and even while it starts and ends: only what it prints itself is."""
+    met = threading.Barrier(2, timeout=60)
+
+    class Run:
+        def log(self, values, step):
+            met.wait()
+            met.wait()
+
+        def finish(self):
+            print("a banner")
+
+    def init(**_):
+        print("a token")
+        met.wait()
+        met.wait()
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("TRACKIO_DIR", "")
+    stdout = sys.stdout
+    track = Track(tmp_path, "j-aaaaaa", {}, print)
+    track(Event(attempt=1, line=1, time=now(), kind=Kind.METRIC, values={"loss": 1.0}, step=1))
+    for words in ("while it starts", "while it runs"):
+        met.wait()
+        print(words)
+        met.wait()
+    track.close()
+    assert capsys.readouterr().out == "while it starts\nwhile it runs\n"
+    assert sys.stdout is stdout
 
 
 def test_a_later_attempt_goes_on_in_the_same_run(tmp_path):

@@ -1,5 +1,6 @@
 """Tokenised rows from disk are the rows of a fresh run, or they are made anew; a damaged file is never believed."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -459,6 +460,55 @@ def test_of_two_processes_one_waits_for_the_other(small, tmp_path):
     assert (mine.cached, found) == (False, True)
     assert theirs == list(mine)
     assert len(files(tmp_path)) == 1
+
+
+def test_a_lock_is_let_go_where_its_file_is_gone(tmp_path, monkeypatch):
+    """A child forked meanwhile has the open file too, so that closing ours lets nobody in."""
+    inherited, flock = [], fcntl.flock
+
+    def watched(file, how):
+        inherited.append(os.dup(file.fileno()))  # as a fork would leave it
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", watched)
+    with Shelf(tmp_path, 1).alone("key", _never):
+        (lock,) = tmp_path.iterdir()
+        waiting = lock.open("ab")
+        lock.unlink()
+    with waiting:
+        flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for handle in inherited:
+        os.close(handle)
+
+
+def test_a_lock_of_another_process_is_left_alone(tmp_path):
+    with Shelf(tmp_path, 1).alone("key", _never):
+        (lock,) = tmp_path.iterdir()
+        lock.unlink()
+        lock.touch()
+    assert lock.exists()
+    with Shelf(tmp_path, 1).alone("key", _never):
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_taken_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.executors.kernel.data.shelf._POLL", 0)
+    lock = tmp_path / ".key.lock"
+    first = lock.open("ab")
+    fcntl.flock(first, fcntl.LOCK_EX)
+
+    def pause():
+        lock.unlink()
+        lock.touch()
+        first.close()
+
+    with Shelf(tmp_path, 1).alone("key", pause), lock.open("ab") as third, pytest.raises(BlockingIOError):
+        fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _never():
+    pytest.fail("nobody else holds the lock")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -1,5 +1,7 @@
 """Tasks of Reasoning Gym as data: the same rows wherever they are made, refused by name where there are none."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +9,7 @@ import sys
 import pytest
 
 from tunesmith.executors.kernel.data import check, fingerprint, inspect, mapping_of, prepare, read, rows_in
-from tunesmith.executors.kernel.data.gym import is_gym
+from tunesmith.executors.kernel.data.gym import _asked, is_gym
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import DataSource, EvalSpec, JobSpec, ModelRef
 
@@ -60,6 +62,25 @@ def test_rows_follow_from_the_seed_and_no_split_shares_them():
     assert not set(prompts()) & set(prompts(config='{"seed": 1000}'))
     assert not set(prompts()) & set(prompts(split="test"))
     assert not set(prompts(split="validation")) & set(prompts(split="test"))
+    assert not set(prompts()) & set(prompts(split="val"))
+    assert prompts(split="validation") == prompts(split="val") == prompts(split="valid") == prompts(split="Dev")
+
+
+def test_near_seeds_share_no_rows():
+    """Entries are made from seed + place: the seeds that the library sees must lie further apart than rows."""
+    made = sorted(
+        json.loads(_asked(source(config=json.dumps({"seed": seed}), split=split))[1])["seed"]
+        for seed in (*range(500), 1337, 2024, 9999)
+        for split in ("train", "test", "validation")
+    )
+    assert made[0] == 0
+    assert made[-1] < 2**32 - 80_000
+    assert min(after - before for before, after in itertools.pairwise(made)) > 80_000
+    first, second = (
+        [row.values["metadata"]["expression"] for row in read([source(config=json.dumps({"seed": seed}))])]
+        for seed in (0, 1)
+    )
+    assert not set(first) & set(second)
 
 
 def test_the_fingerprint_is_of_the_rows():
@@ -105,6 +126,8 @@ def test_rows_are_the_same_in_processes_of_other_hash_seeds(task):
         (source(config='{"max_terms": "many"}'), "data.gym_config", "TypeError"),
         (source(config='{"seed": "x"}'), "data.gym_config", "seed must be a whole number"),
         (source(config='{"size": -1}'), "data.gym_config", "size must be a whole number"),
+        (source(split="tets"), "data.gym_config", "no split 'tets'"),
+        (source(split="train[:10]"), "data.gym_config", "train, test, validation"),
     ],
 )
 def test_what_cannot_be_made_is_refused_by_name(given, code, said):

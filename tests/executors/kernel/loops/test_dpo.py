@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tunesmith.executors.kernel.data.pairs import Pair
 from tunesmith.executors.kernel.loops import methods
 from tunesmith.executors.kernel.loops.dpo import Dpo
 from tunesmith.executors.kernel.loops.forks import Tree
@@ -22,6 +23,18 @@ def make_pairs(count, seed=0):
         return [draw.randrange(3, 40) for _ in range(draw.randint(low, high))]
 
     return [Tree(at, tokens(1, 9), (tokens(1, 9), tokens(1, 9))) for at in range(count)]
+
+
+def with_turns(count, seed=2):
+    """Pairs as the data package makes them, with places in both answers that the policy did not write."""
+    draw = random.Random(seed)
+    pairs = []
+    for tree in make_pairs(count, seed):
+        chosen, rejected = ([*answer, *(draw.randrange(3, 40) for _ in range(5))] for answer in tree.answers)
+        silent = tuple(tuple(sorted(draw.sample(range(len(side) - 1), 3))) for side in (chosen, rejected))
+        pairs.append(Pair(tree.row, tree.prompt, chosen, rejected, unscored=silent))
+    pairs.append(Pair(count, [], [5, 6, 7, 8], [9, 6, 5], unscored=((0, 2), (0,))))
+    return pairs
 
 
 @pytest.fixture
@@ -54,6 +67,59 @@ def test_no_layout_changes_the_gradient(loss, make_dpo):
         other.micro_batch = micro
         for name, gradient in gradients(other, range(6)).items():
             assert (gradient - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1e-7
+
+
+def by_hand(net, pairs, loss, beta):
+    """The mean loss from each row's own logits and a mask, without any layout; for sft a mean over tokens."""
+
+    def side(prompt, answer, silent):
+        sequence = torch.tensor([[*prompt, *answer]])
+        logits = net.causal(input_ids=sequence).logits[0, :-1].log_softmax(-1)
+        logps = logits.gather(1, sequence[0, 1:, None])[:, 0]
+        places = [len(prompt) + place - 1 for place in range(len(answer)) if place not in silent]
+        return logps[places].sum(), len(places)
+
+    losses, units = [], 0
+    for pair in pairs:
+        sides = list(zip((pair.chosen, pair.rejected), pair.unscored, strict=True))
+        (up, n), (down, m) = (side(pair.prompt, *each) for each in sides)
+        with torch.no_grad(), net.outer.disable_adapter():
+            (old_up, _), (old_down, _) = (side(pair.prompt, *each) for each in sides)
+        up, down = up - old_up * (loss != "sft"), down - old_down
+        if loss == "sft":
+            losses.append(-up)
+        elif loss == "ipo":
+            losses.append((up / n - down / m - 1 / (2 * beta)) ** 2)
+        else:
+            losses.append(-torch.nn.functional.logsigmoid(beta * (up - down)))
+        units += n if loss == "sft" else 1
+    return sum(losses) / units
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sft"])
+def test_what_others_say_in_an_answer_is_not_trained_on(loss, packing, make_net, make_spec, tmp_path):
+    pairs = with_turns(5)
+    spec = DpoSpec(loss=loss, reference="none" if loss == "sft" else "base")
+    job = replace(make_spec(micro_batch=2, max_length=24, packing=packing), method="dpo", dpo=spec)
+    theirs = make_net(job)
+    expected = by_hand(theirs, pairs, loss, spec.beta)
+    expected.backward()
+
+    setting = methods.Setting(job, make_net(job), None, 0, tmp_path, tmp_path, None, lambda: False)
+    method, _ = methods.make(setting, pairs, [])
+    batches = method.batches(range(len(pairs)), Turn(0, 0))
+    assert all((batch.forks is not None) == packing for batch in batches)
+    units = sum(batch.weight for batch in batches)
+    found = torch.zeros(())
+    for batch in batches:
+        part = method.loss(batch) / units
+        part.backward()
+        found += part.detach()
+    assert float(found) == pytest.approx(float(expected.detach()), rel=1e-5)
+    gradients = {name: item.grad for name, item in method.net.trainable()}
+    for name, item in theirs.trainable():
+        assert (gradients[name] - item.grad).abs().max() <= 1e-5 * item.grad.abs().max() + 1e-6, name
 
 
 def test_the_reference_is_asked_once_for_each_row(make_dpo, monkeypatch, tmp_path):
@@ -100,8 +166,10 @@ def test_the_name_of_a_table_follows_from_tokens_and_model():
         key(pairs[:2], "model"),
         key([replace(pairs[0], prompt=[7]), *pairs[1:]], "model"),
         key([replace(pairs[0], answers=pairs[0].answers[::-1]), *pairs[1:]], "model"),
+        key([replace(pairs[0], silent=((0,), ())), *pairs[1:]], "model"),
+        key([replace(pairs[0], silent=((), (0,))), *pairs[1:]], "model"),
     }
-    assert len(names) == 5
+    assert len(names) == 7
     assert key(make_pairs(3), "model") in names
 
 

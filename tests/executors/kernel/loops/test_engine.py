@@ -279,6 +279,48 @@ def test_early_stopping_takes_the_best_weights(make_bench, make_spec, make_rows)
     assert bench.events(Kind.METRIC)[-1].values["eval/loss"] == losses[best]
 
 
+def test_without_a_judged_evaluation_the_last_weights_are_delivered_and_nothing_is_lamented(
+    make_bench, make_spec, make_rows
+):
+    spec = make_spec(max_steps=3, eval_steps=2, early_stopping=2)
+    bench = make_bench(spec, make_rows(8), held_out=make_rows(6, seed=3))
+    bench.engine.evaluation.assess = lambda picked, turn: iter([(0.0, 0)])
+    outcome = bench.engine.run()
+    assert (outcome.ended, outcome.step, outcome.best_step) == ("finished", 3, None)
+    assert bench.engine.restore_best() == 3
+    assert bench.events(Kind.ALERT) == []
+    assert bench.series("eval/loss") == {}
+    assert any("No held-out row has a loss" in event.values["message"] for event in bench.events(Kind.LOG))
+
+
+def test_a_scale_that_is_never_found_ends_the_job(make_bench, make_spec, make_rows):
+    bench = make_bench(make_spec(max_steps=200), make_rows(8))
+    scaler, steps = bench.engine.scaler, []
+
+    class Scaler:
+        """Of float16: it passes over steps whose gradient is not finite."""
+
+        def is_enabled(self):
+            return True
+
+        def unscale_(self, optimizer):
+            for group in optimizer.param_groups:
+                for item in group["params"]:
+                    item.grad.fill_(torch.inf)
+
+        def step(self, optimizer):
+            steps.append(1)
+
+        def __getattr__(self, name):
+            return getattr(scaler, name)
+
+    bench.engine.scaler = Scaler()
+    with pytest.raises(JobFailed) as caught:
+        bench.engine.run()
+    assert caught.value.code == "nan"
+    assert len(steps) == 51
+
+
 def test_damaged_best_weights_are_not_taken(make_bench, make_spec, make_rows):
     spec = make_spec(epochs=60, learning_rate=0.05, eval_steps=2, early_stopping=2, scheduler="constant")
     bench = make_bench(spec, make_rows(8), held_out=make_rows(6, seed=3))

@@ -1,6 +1,7 @@
 """A prompt computed once for all of its answers is the arithmetic of as many sequences."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -19,6 +20,16 @@ def make_trees(count, seed=0, answers=3):
     return [Tree(10 + at, tokens(1, 12), tuple(tokens(1, 9) for _ in range(answers))) for at in range(count)]
 
 
+def hushed(trees, seed=5):
+    """The same trees, some tokens of each answer read only; never its last."""
+    draw = random.Random(seed)
+
+    def places(answer):
+        return tuple(at for at in range(len(answer) - 1) if draw.random() < 0.4)
+
+    return [replace(tree, silent=tuple(map(places, tree.answers))) for tree in trees]
+
+
 def by_member(values, batch):
     return {member: values[batch.owners == at].tolist() for at, member in enumerate(batch.members)}
 
@@ -33,6 +44,23 @@ def test_every_token_of_every_answer_is_scored_once(layout):
         seen |= by_member(batch.targets, batch)
         assert batch.tokens == sum(trees[number - 10].tokens for number in batch.rows)
     assert seen == {(at, n): list(answer) for at, tree in enumerate(trees) for n, answer in enumerate(tree.answers)}
+
+
+@pytest.mark.parametrize("layout", ["forked", "spread"])
+def test_silent_tokens_are_fed_and_not_scored(layout):
+    heard, trees = make_trees(7), hushed(make_trees(7))
+    made = [forked(each, 60) if layout == "forked" else spread(each, 2, 0) for each in (heard, trees)]
+    seen = {}
+    for usual, batch in zip(*made, strict=True):
+        assert torch.equal(batch.ids, usual.ids)
+        seen |= by_member(batch.targets, batch)
+    silent = {(at, n): set(places) for at, tree in enumerate(trees) for n, places in enumerate(tree.silent)}
+    assert any(0 in places for places in silent.values())
+    assert seen == {
+        (at, n): [token for place, token in enumerate(answer) if place not in silent[at, n]]
+        for at, tree in enumerate(trees)
+        for n, answer in enumerate(tree.answers)
+    }
 
 
 def test_a_forked_batch_feeds_a_prompt_once_and_no_last_token():
@@ -57,7 +85,12 @@ def test_a_tree_is_never_split():
     [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 5}), ("llama", {"num_key_value_heads": 4})],
 )
 def test_logits_and_gradients_equal_separate_sequences(family, more, make_net, make_spec):
-    trees = [*make_trees(5), Tree(99, (), ([4, 5, 6, 7], [8, 9])), Tree(98, [3, 4, 5], ([7], [7, 8]))]
+    trees = [
+        *make_trees(5),
+        *hushed(make_trees(3, seed=1)),
+        Tree(99, (), ([4, 5, 6, 7], [8, 9])),
+        Tree(98, [3, 4, 5], ([7], [7, 8])),
+    ]
 
     def run(layout):
         net = make_net(make_spec(), family, **more)

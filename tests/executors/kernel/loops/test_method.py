@@ -29,6 +29,18 @@ def test_a_meter_knows_its_names():
     assert Meter().drain(CPU).shape == (0, 2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
+def test_a_meter_waits_for_no_gpu():
+    meter, total = Meter("a"), torch.tensor(6.0, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        meter.add("a", total, 2)
+        meter.add("a", 3.0, torch.ones((), device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.means(meter.drain(CPU).flatten().tolist()) == {"a": 3.0}
+
+
 def test_batches_come_in_order_and_a_step_ahead(make_rows):
     rows, made, threads = make_rows(8), [], set()
     caught_up = threading.Event()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tunesmith.executors.kernel.loops import model as models
+from tunesmith.executors.kernel.loops.batches import packed
 from tunesmith.orchestrator.errors import InputError
 
 CPU = torch.device("cpu")
@@ -101,3 +102,13 @@ def test_float16_on_a_cpu_is_refused(saved, make_spec):
     with pytest.raises(InputError) as caught:
         models.load(saved, make_spec(dtype="float16"), CPU)
     assert caught.value.code == "train.dtype"
+
+
+def test_a_models_own_dropout_is_off_and_the_adapters_is_not(make_net, make_spec, make_rows):
+    net = make_net(make_spec(adapter={"dropout": 0.25}, packing=True), attention_dropout=0.3)
+    net.outer.train()
+    assert {item.self_attn.attention_dropout for item in net.causal.model.layers} == {0.0}
+    dropouts = {module.p for module in net.outer.modules() if isinstance(module, torch.nn.Dropout)}
+    assert dropouts == {0.25}
+    batch = packed(make_rows(4), 60)[0]
+    net.logits(batch).sum().backward()

@@ -203,7 +203,8 @@ def test_two_ranks_learn_preferences_as_one_does(packing, adapter, forks, rows, 
         assert len(one) == 6
         assert two == pytest.approx(one, abs=1e-5, rel=1e-5), key
     assert series(both, "train/rewards/margins")[6] > 0.01
-    assert furthest(weights(tmp_path / "alone"), weights(tmp_path / "both")) <= 1e-6
+    # Adam divides by the gradient's own size, so sums in another order show: up to 1.5e-6 on one processor
+    assert furthest(weights(tmp_path / "alone"), weights(tmp_path / "both")) <= 5e-6
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """What the rollout writes is what the model in training would have written, whatever batch, slot or way it goes."""
 
+import functools
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -168,6 +171,21 @@ def test_the_copy_shares_what_is_not_adapted(make_net, make_spec):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stands", ["packed", "plain"])
+def test_an_adapted_head_is_merged_like_any_layer(tied, stands, make_rollout, make_spec, monkeypatch):
+    if stands == "plain":
+        monkeypatch.setattr("tunesmith.executors.kernel.loops.matrix.Packed.possible", lambda *_: False)
+    spec = make_spec(adapter={"targets": ("q_proj", "lm_head")})
+    rollout = make_rollout(spec=spec, tie_word_embeddings=tied)
+    assert (rollout.way, rollout.problems) == ("cells", ())
+    asks = make_asks()
+    samples = rollout.generate(asks, key="1:0")
+    for item, logps in zip(samples, by_the_trainer(rollout.net, asks, samples, 1.0), strict=True):
+        assert torch.tensor(item.logps) == pytest.approx(logps, abs=1e-5)
+
+
 def test_a_model_that_cannot_falls_back_in_words_and_is_right(make_rollout, monkeypatch):
     def broken(self, query, key, value, scale, window):
         return query.transpose(1, 2) * 0
@@ -179,6 +197,42 @@ def test_a_model_that_cannot_falls_back_in_words_and_is_right(make_rollout, monk
     assert "differs from the model in training" in rollout.problems[0]
     monkeypatch.undo()
     assert key_of(rollout.generate(make_asks(), key="1:0")) == key_of(exact.generate(make_asks(), key="1:0"))
+
+
+def test_another_engine_is_taken_only_where_it_is_exact(make_rollout, make_net, make_spec):
+    """vLLM's place in a rollout: weights that were not handed over show in the self-test, a refusal in its words."""
+    net, closed = make_net(make_spec()), []
+
+    class Engine:
+        """Writes by our own cells, with weights that are `off` by so much."""
+
+        stale = False
+
+        def __init__(self, off):
+            inner = make_rollout(net=make_net(make_spec()))
+            with torch.no_grad():
+                for item in inner.merged.model.parameters():
+                    if item.numel() > 1 and item.is_contiguous():
+                        item.add_(off)
+            self.write, self.refresh, self.close = inner._write, inner.refresh, lambda: closed.append(off)
+
+    def refused():
+        raise RuntimeError("vLLM is not installed")
+
+    def rollout(engine):
+        return Rollout(net, stops=frozenset({2}), max_completion=LIMIT, temperature=1.0, slots=8, engine=engine)
+
+    taken = rollout(lambda: Engine(0.0))
+    assert (taken.way, taken.problems, closed) == ("vllm", (), [])
+    assert key_of(taken.generate(make_asks(), key="1:0")) == key_of(
+        make_rollout(net=net).generate(make_asks(), key="1:0")
+    )
+    off = rollout(lambda: Engine(0.5))
+    assert (off.way, off.vllm, closed) == ("cells", None, [0.5])
+    assert "by vllm differs" in off.problems[0]
+    without = rollout(refused)
+    assert without.way == "cells"
+    assert "vLLM is not installed" in without.problems[0]
 
 
 def test_an_empty_prompt_is_refused(make_rollout):
@@ -235,7 +289,6 @@ def test_pages_write_what_cells_write(family, more, replayed, make_rollout, monk
     pages = Pages(5, LIMIT, longest, torch.device("cpu"), count=max(count, 30), attention=paged_attention)
     decoder = Decoder(rollout.merged, pages, slots=5, limit=LIMIT, stops=(2,), temperature=1.0)
     if replayed:
-        state = (decoder.token, decoder.place, decoder.count, decoder.alive)
         captured = []
 
         def capture(step):
@@ -243,7 +296,7 @@ def test_pages_write_what_cells_write(family, more, replayed, make_rollout, monk
             step()  # a warm-up, whose traces in `state` are to be put back
             return step
 
-        decoder._advanced = Graphs(decoder._advance, 5, state, capture)
+        decoder._graphs = Graphs(5, state_of(decoder), capture)
     with torch.inference_mode():
         made = Refill(decoder, asks, key="1:0", slots=5, stops=frozenset((2,))).run(None, None)
     assert key_of(made) == key_of(expected)
@@ -251,7 +304,79 @@ def test_pages_write_what_cells_write(family, more, replayed, make_rollout, monk
         assert ours.logps == pytest.approx(theirs.logps, abs=1e-5)
     assert sorted(pages._free) == list(range(1, pages.count))  # every page came back
     if replayed:
-        assert 1 <= len(captured) <= len(decoder._advanced.buckets)
+        assert 1 <= len(captured) <= len(decoder._graphs.buckets)
+
+
+def state_of(decoder):
+    return decoder.token, decoder.place, decoder.count, decoder.alive
+
+
+def test_greedy_and_sampled_steps_have_graphs_of_their_own(make_rollout):
+    """A graph replays the branch that was taken when it was captured, whatever is wanted now."""
+    rollout = make_rollout()
+    asks = make_asks()
+    pages = Pages(4, LIMIT, 14, torch.device("cpu"), attention=paged_attention)
+    decoder = Decoder(rollout.merged, pages, slots=4, limit=LIMIT, stops=(2,), temperature=1.0)
+
+    def capture(step):
+        frozen = decoder.greedy
+
+        def replay():
+            wanted, decoder.greedy = decoder.greedy, frozen
+            step()
+            decoder.greedy = wanted
+
+        return replay
+
+    decoder._graphs = Graphs(4, state_of(decoder), capture)
+    for key in ("1:0", None, "1:1", None):
+        with torch.inference_mode():
+            made = Refill(decoder, asks, key=key, slots=4, stops=frozenset((2,))).run(None, None)
+        assert key_of(made) == key_of(rollout.generate(asks, key=key or "", greedy=key is None))
+
+
+@pytest.fixture
+def uncollected():
+    """What is let go must go by itself: the collector of cycles may come minutes later."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_keys_and_values_go_with_the_call(make_rollout, monkeypatch, uncollected):
+    kept = []
+
+    class Watched(Cells):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept.append(weakref.ref(self))
+
+    monkeypatch.setattr("tunesmith.executors.kernel.loops.rollout.Cells", Watched)
+    rollout = make_rollout()
+    rollout.generate(make_asks(), key="1:0")
+    rollout.generate(make_asks(), key="1:0", stopped=lambda: True)
+    assert [held() for held in kept] == [None] * 3  # the first is of the self-test
+
+
+@pytest.mark.parametrize("way", ["pages", "graphs"])
+def test_old_pages_go_before_new_ones_are_made(make_rollout, monkeypatch, uncollected, way):
+    rollout = make_rollout(limit=3)
+    kept = []
+
+    def pages(longest, limit):
+        assert [held() for held in kept] == [None] * len(kept)
+        made = Pages(64, limit, longest, torch.device("cpu"), count=200, attention=paged_attention)
+        kept.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(rollout, "_pages", pages)
+    # A graph does not hold the step that was captured; this one ends all rows.
+    monkeypatch.setattr(Graphs, "_captured", lambda self, step: functools.partial(self._state[-1].zero_))
+    rollout.way = way
+    for longest in (3, 9, 14):
+        rollout.generate([Ask(0, [5] * longest, range(2))], key="1:0")
+    assert len(kept) == 3
 
 
 def test_pages_are_as_many_as_memory_has_room_for():

@@ -97,6 +97,37 @@ def test_reasoning_gym_scores_by_the_tasks_own_scorer(score):
     assert score("reasoning-gym", [answer], metadata=metadata) == [1]
 
 
+def test_a_row_of_any_seed_and_split_is_found_again(score):
+    from tunesmith.executors.kernel.data import read
+    from tunesmith.orchestrator.nouns import DataSource
+
+    asked = DataSource(source="reasoning-gym:leg_counting", config='{"seed": 3}', split="test", limit=6)
+    for row in read([asked]):
+        assert score("reasoning-gym", [row.values["answer"]], metadata=row.values["metadata"]) == [1]
+
+
+def test_making_a_row_again_has_its_own_time(load, monkeypatch, tmp_path):
+    """A task whose row takes long, and whose scorer has no longer than any other: by what is left on the alarm."""
+    (tmp_path / "reasoning_gym").mkdir()
+    (tmp_path / "reasoning_gym" / "factory.py").write_text("DATASETS = {}\n")
+    (tmp_path / "reasoning_gym" / "__init__.py").write_text(
+        "import signal\n"
+        "def left():\n"
+        "    return signal.getitimer(signal.ITIMER_REAL)[0]\n"
+        "def create_dataset(task, **config):\n"
+        "    return Slow()\n"
+        "class Slow:\n"
+        "    def __getitem__(self, index):\n"
+        "        return {'made': left()}\n"
+        "    def score_answer(self, answer, entry):\n"
+        "        return float(entry['made'] > 60 and 0 < left() < 10)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    metadata = {"source_dataset": "sokoban", "source_index": 0, "source_config": {"seed": 0, "size": 5}}
+    (found,) = load("reasoning-gym").score(["q"], ["x"], [[1]], {"metadata": [metadata]}, 1).values
+    assert list(found) == [1.0]
+
+
 def test_rows_that_a_user_saved_are_scored_by_what_they_hold(score):
     metadata = {"source_dataset": "leg_counting", "difficulty": {}}
     assert score("reasoning-gym", ["8", "9"], metadata=metadata, question="?", answer="8") == [1, 0]
@@ -117,6 +148,9 @@ def test_rows_of_other_data_are_refused_by_name(score):
         "x**2 + 3*x + C",
         "sin(x) + log(2*x) - exp(-x)/2",
         "-3.5*x^4",
+        "2.5e-3*x**2*y**3 + pi",
+        "(x**2 + 1)**(3/2)/3 + C1",
+        "sin(cos(x))*E**(2*x)",
     ],
 )
 def test_mathematics_may_reach_the_parser(text):
@@ -138,6 +172,41 @@ def test_mathematics_may_reach_the_parser(text):
         "'a'",
         "getattr(x, y)",
         "1 if x else 2; 3",
+        "(eval)((chr)(95))",
+        "((eval))((chr)(95)+(chr)(95))",
+        "(1,eval)(x)",
+        "x + exec",
+        "sin(eval)",
+        "1 or open",
+        "1if x else(2)",
+        "x and y",
+        "0xfor x in y",
+        "x . real",
+        "1.\nreal",
+        "(x).a",
+        "1 .a",
+        "_",
+        "x_1",
+        "_x(1)",
+        "x @ y",
+        '"a"',
+        "f(x=1)",
+        "\uff45val(x)",
+        "\uff45",
+        "\u0665",
+        "\u33d1(x)",
+        "x\u00a0+ 1",
+        "x # y",
+        "x\\\ny",
+        "x:=1",
+        "{x}",
+        "`x`",
+        "9**9**9",
+        "9**(9**9**9)",
+        "2**99999",
+        "2**(-99999)",
+        "x^2^3",
+        "99999!",
         "x" * 5000,
     ],
 )
@@ -150,12 +219,14 @@ def test_a_models_code_is_not_run_by_any_scorer(score, tmp_path):
     """Some scorers of Reasoning Gym hand the answer to eval. Ours must not."""
     mark = tmp_path / "ran"
     attack = f"__import__('pathlib').Path({str(mark)!r}).touch()"
+    text = "+".join(f"(chr)({ord(one)})" for one in attack)
     import reasoning_gym.factory
 
     for task in (*guarded._LITERALS, *guarded._EXPRESSIONS):
         assert task in reasoning_gym.factory.DATASETS
         metadata = {"source_dataset": task, "source_index": 0, "source_config": {"seed": 1, "size": 2}}
-        assert score("reasoning-gym", [f"<answer>{attack}</answer>", attack], metadata=metadata) == [0, 0]
+        said = [f"<answer>{attack}</answer>", attack, f"(eval)({text})"]
+        assert score("reasoning-gym", said, metadata=metadata) == [0, 0, 0]
     assert not mark.exists()
 
 

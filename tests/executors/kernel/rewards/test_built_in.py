@@ -43,6 +43,13 @@ def test_exact_forgives_white_space_and_thoughts_alone(score):
     assert score("exact", ["<answer></answer>", ""], answer="<answer></answer>") == [1, 0]
 
 
+def test_a_blank_answer_is_none(score):
+    done = ["", " ", "<think>and so", "Paris"]
+    for blank in ("", " \n", [], [""], None):
+        assert score("exact", done, answer=(blank,) * 4) == [None] * 4
+    assert score("exact", done, answer=(["", "Paris"],) * 4) == [0, 0, 0, 1]
+
+
 def test_json_is_one_value_and_nothing_else(score):
     good = ['{"a": 1}', " [1]\n", "3", '"x"', "null", '```json\n{"a": 1}\n```', THOUGHT + "{}", "<answer>{}</answer>"]
     bad = ["", "{a: 1}", "{} {}", "Here: {}", "NaN", "[Infinity]", "{'a': 1}", '```json\n{"a": 1}', "[" * 100_000]

@@ -74,7 +74,8 @@ def test_the_final_number(text, number):
 def test_numbers_of_columns():
     assert number_in(72) == number_in(72.0) == number_in("72") == 72
     assert number_in(0.1) == Fraction(1, 10)
-    for value in (True, None, [], {}, float("nan"), float("inf"), 1e305):
+    assert number_in(10**400) == final_number("1" + "0" * 400) == 10**400
+    for value in (True, None, [], {}, float("nan"), float("inf"), 1e305, 10**2000, -(10**2000)):
         assert number_in(value) is None
 
 

@@ -59,6 +59,26 @@ def test_ids_prompts_and_columns_by_name():
     assert run(all_of_them, columns=columns).totals == [14.0, 26.0, 38.0]
 
 
+def test_no_function_sees_what_another_one_changed(own, load):
+    """Each gets lists of its own, and whoever asked keeps theirs."""
+    path = own(
+        "def vandal(prompts, completions, completion_ids, tags, **kwargs):\n"
+        "    prompts[0][0]['content'] = completions[0][-1]['content'] = ''\n"
+        "    tags[0]['x'].append(1)\n"
+        "    completion_ids[0].clear()\n"
+        "    completions.clear()\n"
+        "    return [0.0]\n"
+        "def honest(prompts, completions, completion_ids, tags, **kwargs):\n"
+        "    said = [prompts[0][0]['content'], completions[0][-1]['content'], tags[0]['x'], completion_ids[0]]\n"
+        "    return [float(said == ['q', 'a', [], [1, 2]])]\n"
+    )
+    prompts, completions = [[{"role": "user", "content": "q"}]], [[{"role": "assistant", "content": "a"}]]
+    ids, columns = [[1, 2]], {"tags": [{"x": []}]}
+    found = load(f"{path}:vandal", f"{path}:honest").score(prompts, completions, ids, columns, 1)
+    assert [list(row) for row in found.values] == [[0.0, 1.0]]
+    assert (completions[0][0]["content"], ids, columns) == ("a", [[1, 2]], {"tags": [{"x": []}]})
+
+
 def test_conversations_as_trl_passes_them():
     seen = []
 

@@ -67,6 +67,15 @@ def test_rows_from_every_part_of_the_data_are_tried(own, load):
     assert list(dict.fromkeys(seen)) == ["0", "25", "50", "75"]
 
 
+def test_no_completion_is_without_tokens(own, load):
+    """As no rollout gives one: functions look at the last token and divide by their number."""
+    path = own(
+        "def ended(completions, completion_ids, **kwargs):\n"
+        "    return [(ids[-1] % 2) / len(ids) for ids in completion_ids]\n"
+    )
+    assert all(item.level == "warning" for item in dry_run(load(f"{path}:ended"), rows("1", "2 3")))
+
+
 def test_whole_groups_are_tried(own, load):
     path = own(
         "def score(prompts, completions, **kwargs):\n"

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.executors.kernel.catalogue import find, known
+from tunesmith.executors.kernel.loops import trl_plan
 from tunesmith.executors.kernel.sizing import resolve
 from tunesmith.executors.kernel.sizing.size import GIB
 from tunesmith.orchestrator.errors import InputError
@@ -161,6 +162,46 @@ def test_full_training_that_does_not_fit_offers_an_adapter(make):
     assert "adapter.kind=lora" in findings[0].fix
 
 
+def test_processes_on_one_cpu_share_its_memory_and_its_cores(make):
+    facts, report = find("qwen3-1.7b"), make.report()
+    train = TrainSpec(micro_batch=1, dtype="float32")
+    task = make.spec(train=train, adapter=AdapterSpec(kind="lora"), hardware={"processes": 3})
+    _, alone, time, *_ = resolve(replace(task, hardware="cpu"), facts, report, make.cpu(16))
+    _, size, shared, _, findings = resolve(task, facts, report, make.cpu(16))
+    assert (alone.fits, alone.device_bytes) == (True, 16 * GIB)
+    assert (size.fits, size.device_bytes) == (False, 16 * GIB // 3)
+    assert shared.seconds.expected >= time.seconds.expected
+    (finding,) = findings
+    assert "16.0 GiB, for 3 processes" in finding.message
+    assert "hardware.processes=1" in finding.fix
+    need = int(finding.fix.rsplit("a device with ", 1)[1].split()[0])
+    assert resolve(task, facts, report, make.cpu(need))[1].fits
+    capped = replace(task, limits=Limits(memory_gb=9))
+    assert resolve(capped, facts, report, make.cpu(16))[1].device_bytes == 3 * GIB
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_each_gpu_has_its_own_memory_and_a_part_of_every_step(make, method):
+    facts, report, card = find("qwen3-1.7b"), make.report(100_000), make.gpu("h100")
+    task = make.spec(method=method, train=TrainSpec(effective_batch=32, micro_batch=2))
+    times = []
+    for count in (1, 2, 4):
+        _, size, time, _, findings = resolve(replace(task, hardware={"gpus": count}), facts, report, card)
+        assert (size.fits, size.device_bytes, findings) == (True, card.memory_bytes, [])
+        times.append(time.seconds.expected)
+    assert times[0] / 2 < times[1] < times[0]
+    assert times[0] / 4 < times[2] < times[1]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_a_step_is_cut_so_that_no_process_is_left_without_work(make, method):
+    facts, report, card = find("qwen3-0.6b"), make.report(), make.gpu("h100")
+    task = make.spec(method=method, train=TrainSpec(effective_batch=8, packing=False))
+    alone, shared = (resolve(replace(task, hardware={"gpus": count}), facts, report, card) for count in (1, 4))
+    assert alone[1].micro_batch > shared[1].micro_batch == 2
+    assert "4 processes" in next(item.why for item in shared[3] if item.key == "train.micro_batch")
+
+
 def test_a_memory_cap_is_kept(make):
     task = make.spec(limits=Limits(memory_gb=2.0))
     _, size, _, _, findings = resolve(task, find("smollm2-135m"), make.report(), make.cpu(64))
@@ -228,6 +269,23 @@ def test_float16_only_where_float32_does_not_fit(make):
     overflows = resolve(task, find("gemma-3-4b-it"), make.report(), make.gpu("t4"))
     assert overflows[0].train.dtype == "float32"
     assert not overflows[1].fits
+
+
+def test_float16_needs_a_gpu(make):
+    task = make.spec(train=TrainSpec(dtype="float16"))
+    (finding,) = resolve(task, find("qwen3-0.6b"), make.report(), make.cpu())[4]
+    assert (finding.level, finding.where) == ("error", "train.dtype")
+    assert resolve(task, find("qwen3-0.6b"), make.report(), make.gpu("h100"))[4] == []
+
+
+def test_early_stopping_needs_rows_to_evaluate_on(make):
+    task, facts, card = make.spec(train=TrainSpec(early_stopping=2)), find("qwen3-0.6b"), make.gpu("h100")
+    blind, unread = replace(task, eval=EvalSpec(fraction=0)), make.unread()
+    for spec, report in ((blind, make.report()), (task, make.report(1)), (blind, unread)):
+        assert "train.early_stopping" in codes(resolve(spec, facts, report, card)[4], "error")
+    apart = replace(task, eval=EvalSpec(fraction=0, source="eval.jsonl"))
+    for spec, report in ((task, make.report(held=5)), (apart, make.report(held=5)), (task, unread), (apart, unread)):
+        assert codes(resolve(spec, facts, report, card)[4], "error") == set()
 
 
 def test_warnings(make):
@@ -337,6 +395,25 @@ def test_what_trl_cannot_do_is_refused(make):
         (finding,) = resolve(make.spec(method="kto", train=train), facts, report, card)[4]
         assert (finding.level, finding.code) == ("error", "kto.batch")
         assert "2 or more" in finding.fix
+
+
+@pytest.mark.parametrize("method, effective, micro, taken", [("kto", 13, 4, 13), ("rloo", 10, 7, 5), ("kto", 12, 4, 4)])
+def test_memory_is_planned_for_the_micro_batches_that_trl_takes(make, method, effective, micro, taken):
+    """Of 13 rows nothing but 13 is an equal share of two or more."""
+    facts, report, card = find("qwen3-0.6b"), make.report(), replace(make.gpu("h100"), backend="ray")
+    own = {"method": method, "grpo": GrpoSpec(num_generations=2, max_completion=64)}
+    rows = effective // 2 if method == "rloo" else effective
+
+    def fitted(micro):
+        return resolve(make.spec(train=TrainSpec(effective_batch=rows, micro_batch=micro), **own), facts, report, card)
+
+    spec, size, _, resolved, _ = fitted(micro)
+    assert trl_plan.micro_batch(spec) == size.micro_batch == taken
+    assert spec.train.micro_batch == micro
+    assert size.grad_accum == effective // taken
+    assert size.peak_bytes == fitted(taken)[1].peak_bytes
+    said = [(item.value, f"where {micro} may" in item.why) for item in resolved if item.key == "train.micro_batch"]
+    assert said == ([] if taken == micro else [(taken, True)])
 
 
 def test_trl_must_be_installed_where_it_trains(make, monkeypatch):

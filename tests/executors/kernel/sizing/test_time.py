@@ -75,6 +75,15 @@ def test_small_steps_wait_for_launches(make):
     assert many.seconds.expected > few.seconds.expected
 
 
+def test_gpus_share_the_work_and_send_their_gradients(make):
+    """A million trained parameters are 4 MB of gradients: twice over a link of 10 GB/s, 100 times, is 0.08 s."""
+    alone, card = work(trained=10**6, read=1e6), make.gpu("h100")
+    one, four = (estimate(replace(alone, shared=count), card).seconds.expected for count in (1.0, 4.0))
+    nothing = Estimate(low=0, expected=0, high=0, unit="tokens")
+    start = estimate(replace(alone, tokens=nothing, micro_batches=0, read=0.0), card).seconds.expected
+    assert four - start == pytest.approx((one - start) / 4 + 0.08)
+
+
 def test_writing_reads_the_weights_once_for_all_slots(make):
     """Qwen3-0.6B in bfloat16 is 1.2 GB: at 85 % of an H100's 3.35 TB/s a pass cannot take less than 0.42 ms."""
     some = work(facts=find("qwen3-0.6b"), slots=1)

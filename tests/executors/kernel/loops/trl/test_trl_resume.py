@@ -1,12 +1,16 @@
 """Runs of TRL's trainers that are stopped, resumed, asked for checkpoints, or given up."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tunesmith.executors.kernel import checkpoint
 from tunesmith.executors.kernel.loops import trl
+from tunesmith.executors.kernel.loops.trl_held import ROUND
 from tunesmith.orchestrator.errors import InputError, JobFailed
 from tunesmith.orchestrator.events import Kind
 
@@ -111,6 +115,126 @@ def test_a_stop_inside_a_step_or_an_evaluation_leaves_no_trace(bench):
     assert same(last.weights(), whole.weights())
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """The prompts that go through rloo's loss, by the run's name and the step they are trained in."""
+    from trl import RLOOTrainer
+
+    found = {}
+    usual = RLOOTrainer._compute_loss
+
+    def look(self, model, inputs):
+        key = (Path(self.args.output_dir).parent.name, self.state.global_step)
+        prompts = zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), strict=True)
+        found.setdefault(key, []).extend(self.processing_class.decode(ids[kept]) for ids, kept in prompts)
+        return usual(self, model, inputs)
+
+    monkeypatch.setattr(RLOOTrainer, "_compute_loss", look)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True], ids=["kept", "lost"])
+def test_a_round_of_rloo_that_was_cut_goes_on_with_its_rows_and_its_answers(lost, bench, rows_for, trained):
+    """Cut inside rounds (1, 4, 8) and between two (6); the last part goes by other micro-batches.
+
+    Where the answers of a round are lost, it writes new ones for the same rows.
+    """
+    more = {"rows": rows_for["rloo"][:7], "eval": 0.0, "grpo": {"num_generations": 3, "num_iterations": 3}}
+    train = {"max_steps": 9, "save_steps": 100}
+    whole = bench("rloo", name="whole", train=train, **more)
+    expected = whole.engine.run()
+    told, origin = {}, None
+    for number, at in enumerate((1, 4, 6, 8, None)):
+        part = bench("rloo", name=f"part{number}", train={**train, "micro_batch": 2 if at else 4}, **more)
+        if origin is not None:
+            if lost:
+                (origin / ROUND).unlink(missing_ok=True)
+            part.engine.resume(origin)
+        part.tell_after(at)
+        outcome = part.engine.run()
+        told |= part.series("train/num_tokens") if at else {}
+        assert outcome.ledger == expected.ledger[:at]
+        if at is not None:
+            (origin,) = part.folders()
+            assert (origin / ROUND).exists() == bool(at % 3)
+            if not lost:
+                assert told == {step: n for step, n in whole.series("train/num_tokens").items() if step <= at}
+                assert same(part.weights(), weights_after(at, bench, train, more))
+    assert outcome.step == 9
+    for (_, step), prompts in trained.items():
+        wanted = sorted(row for row in expected.ledger[step] for _ in range(3))
+        assert sorted(int(re.search(r"Say (\d+)\.", prompt)[1]) for prompt in prompts) == wanted, step
+
+
+def weights_after(count, bench, train, more):
+    """The weights after so many steps of a run that nobody cuts."""
+    run = bench("rloo", name=f"whole{count}", train=train, **more)
+    wish = run.engine.stepped
+    run.engine.stepped = lambda step: replace(wish(step), end=step == count)
+    run.engine.run()
+    return run.weights()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rloo", "distill"])
+def test_a_stop_is_heard_while_answers_are_written(method, bench):
+    run = bench(method, eval=0.0)
+    passes = []
+
+    def count(*_):
+        passes.append(run.engine.cursor.step)
+        if len(passes) == 3:
+            run.tell("stop")
+
+    run.engine.net.causal.register_forward_pre_hook(count)
+    assert run.engine.run().ended == "stopped"
+    assert passes == [0, 0, 0]
+    assert len(run.engine.net.causal._forward_pre_hooks) == 1
+
+
+@pytest.mark.slow
+def test_a_stop_is_heard_when_the_trainer_is_made(bench):
+    """Before it evaluates or trains; a run that goes on from another's checkpoint leaves one of its own."""
+    first = bench("rloo", name="first")
+    first.tell_after(3)
+    first.engine.run()
+    second = bench("rloo", name="second", train={"eval_steps": 1})
+    second.engine.resume(*first.folders())
+    make = second.engine._make
+
+    def making():
+        made = make()
+        second.tell("stop")
+        return made
+
+    second.engine._make = making
+    second.engine.net.causal.register_forward_pre_hook(lambda *_: pytest.fail("It goes on."))
+    assert second.engine.run().ended == "stopped"
+    assert [folder.name for folder in second.folders()] == ["step-00000003"]
+
+
+@pytest.mark.slow
+def test_held_out_rows_without_a_reward_are_said_to_have_none(bench, tmp_path):
+    """With nothing to judge by nothing is judged: the run goes to its end, and its last weights are delivered."""
+    file = tmp_path / "seldom.py"
+    file.write_text(
+        "HELD = []\ndef seldom(answer, **_): return [None if one in HELD else float(one) for one in answer]\n"
+    )
+    train = {"early_stopping": 1, "eval_steps": 2, "max_steps": 4, "save_steps": 100}
+    run = bench("rloo", train=train, grpo={"rewards": (f"{file}:seldom",)})
+    held = run.engine.rewards.rewards[0].call.__globals__["HELD"]
+    held.extend(str(number) for number in run.engine.rows.eval.numbers)
+    outcome = run.engine.run()
+    assert (outcome.ended, outcome.step, outcome.best_step) == ("finished", 4, None)
+    said = [event.values["message"] for event in run.events(Kind.LOG)]
+    assert [text for text in said if "reward" in text] == [
+        f"No held-out row has a reward at step {step}." for step in (0, 2, 4)
+    ]
+    assert run.engine.restore_best() == 4
+    assert not [event for event in run.events(Kind.ALERT) if event.values["code"].startswith("checkpoint.")]
+
+
 @pytest.mark.slow
 def test_a_stop_before_the_first_step_saves_nothing(bench):
     run = bench("reward", eval=0.0)
@@ -124,9 +248,14 @@ def test_a_stop_before_the_first_step_saves_nothing(bench):
 def test_a_checkpoint_is_written_when_asked_for_and_old_ones_go(bench):
     run = bench("reward", train={"save_steps": 2, "keep_checkpoints": 2, "max_steps": 7})
     run.tell_after(5, "checkpoint")
+    there = []  # of the checkpoints told of so far, two at least at any time: one goes when its successor is known
+    run.reporter.listeners.append(
+        lambda event: there.append(len(run.folders())) if event.kind is Kind.CHECKPOINT else None
+    )
     assert run.engine.run().ended == "finished"
     assert [event.step for event in run.events(Kind.CHECKPOINT)] == [2, 4, 5, 6]
     assert [path.name for path in run.folders()] == ["step-00000005", "step-00000006"]
+    assert there == [1, 2, 3, 3]
 
 
 @pytest.mark.slow
