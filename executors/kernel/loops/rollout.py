@@ -36,9 +36,9 @@ APART = {True: 1e-3, False: 0.15}
 class Rollout:
     """Writes up to `slots` samples at a time, each until one of `stops` or `max_completion` tokens.
 
-    `way` is how: "vllm" where an `engine` is given that makes one; "graphs" and "pages" on CUDA in half precision (paged
-    keys, with and without graphs of the steps); "cells" on any device; "plain" (the model's own attention and cache,
-    prompt by prompt) where nothing else is right.
+    `way` is how: "vllm" where an `engine` is given that makes one; "graphs" and "pages" on CUDA in half precision
+    (paged keys, with and without graphs of the steps); "cells" on any device; "plain" (the model's own attention and
+    cache, prompt by prompt) where nothing else is right.
     `problems` says in words why a faster way was not taken.
     """
 
