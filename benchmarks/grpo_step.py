@@ -115,7 +115,7 @@ def trl(name: str, found: list[Any], steps: int, folder: Any, kept: dict[str, An
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each side, the first as a warm-up")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each side, the first as a warm-up")
     parser.add_argument("--as-is", action="store_true", help="also a step of TRL's default in bfloat16, however slow")
     asked = parser.parse_args()
     steps = asked.steps

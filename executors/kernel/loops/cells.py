@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ROOM = 64  # cells: a row's own ones are doubled from here; prompts are filled up to a multiple of it
+STRIDE = 16  # a row's own cells are looked at by so many more at a time: oneDNN plans each shape of product anew
 PLACES = 8
 
 
@@ -213,7 +214,7 @@ class Cells:
         if self._grids is None:
             self._arrange()
         self._own.widen(longest)
-        self._longest = longest
+        self._longest = min(-(-longest // STRIDE) * STRIDE, self._own.room)
 
     def plan(self, counts: Tensor, places: Tensor) -> None:
         """Prepare for a pass over all rows' latest tokens: int64 [rows], how many of its own each row has with it."""

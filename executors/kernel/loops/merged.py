@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tunesmith.executors.kernel.loops import matrix, quantised
 from tunesmith.executors.kernel.loops.model import Net
 
-PIECE = 512
+PIECE, FEW = 512, 32
 
 
 class Merged:
@@ -141,8 +141,9 @@ def _linear(
 class _Pieces:
     """A head's forward on a CPU, a piece of the vocabulary at a time.
 
-    One product over a whole vocabulary runs at two thirds of a layer's speed there, since it packs all the weights
-    first: for 64 rows of SmolLM2-135M 38 against 58 GFLOP/s on one core.
+    One product of many rows over a whole vocabulary runs at two thirds of a layer's speed there, since it packs all the
+    weights first: for 64 rows of SmolLM2-135M 38 against 58 GFLOP/s on one core. For a few rows pieces only cost calls:
+    16 rows in bfloat16 take 5.3 ms in pieces and 2.4 ms at once.
     """
 
     def __init__(self, head: nn.Linear) -> None:
@@ -151,7 +152,8 @@ class _Pieces:
     def __call__(self, states: Tensor) -> Tensor:
         weight, bias = self.head.weight, self.head.bias
         flat = states.reshape(-1, states.shape[-1])
-        if flat.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        few = flat.dtype != torch.float32 and flat.shape[0] <= FEW
+        if few or flat.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
             return nn.functional.linear(states, weight, bias)
         out = flat.new_empty(flat.shape[0], weight.shape[0])
         for start in range(0, weight.shape[0], PIECE):
