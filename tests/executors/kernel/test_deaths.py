@@ -99,8 +99,9 @@ def deaths(draw, writes, lines, seconds):
 
 
 def run_trials(count, seed, warm, job):
+    """Runs until `count` of them ended and `count` deaths were died; a run may end before the death drawn for it."""
     draw = random.Random(seed)
-    died = resumed = 0
+    ran = died = resumed = 0
     references = {}
     for method in ("sft", "dpo", "grpo"):
         folder = job(method, f"j-{method}aa"[:8])
@@ -110,7 +111,8 @@ def run_trials(count, seed, warm, job):
         begun, ended = found[0].time, found[-1].time
         seconds = (_stamp(ended) - _stamp(begun)).total_seconds()
         references[method] = (outcome(folder), len(found), seconds)
-    for number in range(count):
+    while ran < count or died < count:
+        number, ran = ran, ran + 1
         method = ("sft", "dpo", "grpo")[number % 3]
         expected, lines, seconds = references[method]
         folder = job(method, f"j-{number:06d}")
@@ -127,7 +129,7 @@ def run_trials(count, seed, warm, job):
         logs = [event.values["message"] for event in events(folder) if event.kind is Kind.LOG]
         resumed += sum(bool(re.match(r"Going on from step [1-9]", line)) for line in logs)
         assert outcome(folder) == expected, (method, number)
-    return died, resumed
+    return ran, died, resumed
 
 
 def _stamp(text):
@@ -137,18 +139,16 @@ def _stamp(text):
 
 
 def test_a_few_deaths(warm, job):
-    died, resumed = run_trials(6, 1, warm, job)
-    assert died >= 4
+    _, _, resumed = run_trials(6, 1, warm, job)
     assert resumed >= 3
 
 
 @pytest.mark.proof
 def test_a_hundred_deaths(warm, job, capsys):
-    """100 runs, each killed up to three times: all of them end with the bytes of a run that nobody disturbed."""
-    died, resumed = run_trials(100, int(os.environ.get("TUNESMITH_SEED", "1")), warm, job)
+    """100 deaths or more in 100 runs or more: each run ends with the bytes of a run that nobody disturbed."""
+    ran, died, resumed = run_trials(100, int(os.environ.get("TUNESMITH_SEED", "1")), warm, job)
     with capsys.disabled():
-        print(f"\n100 runs of 100 ended bit for bit the same; {died} deaths, {resumed} resumes from a checkpoint")
-    assert died >= 100
+        print(f"\n{ran} runs of {ran} ended bit for bit the same; {died} deaths, {resumed} resumes from a checkpoint")
     assert resumed >= 60
 
 
