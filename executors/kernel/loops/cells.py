@@ -14,7 +14,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-ROOM = 64  # cells: a row's own ones are doubled from here; prompts are filled up to a multiple of it
+from tunesmith.executors.kernel.sizing.rows import filled
+
+ROOM = 64  # cells: a row's own ones are doubled from here
 STRIDE = 16  # a row's own cells are looked at by so many more at a time: oneDNN plans each shape of product anew
 PLACES = 8
 
@@ -131,7 +133,7 @@ class Cells:
         """Places for prompts of these lengths; the next pass computes them, packed in this order."""
         opened = []
         for length in lengths:
-            room = -(-length // ROOM) * ROOM
+            room = filled(length)
             arena = self._arenas.setdefault(room, Arena(PLACES, room))
             opened.append(Prompt(length, arena, arena.take()))
         self._prompts += opened

@@ -16,7 +16,7 @@ from tunesmith.orchestrator.nouns import SAMPLED, JobSpec
 
 THROUGH_TRL = ("kto", "rloo", "reward", "distill")
 SLOTS = {"cpu": 64, "cuda": 256, "mps": 64}  # answers written at a time, as in loops/methods.py
-CELLS, PAGE = 64, 256  # tokens by which the room for keys and values grows, as in loops/cells.py and paged.py
+CELLS, PAGE = 64, 256  # tokens of an answer's first room for keys and values, as in loops/cells.py and paged.py
 SHORTER = 0.6  # of a pair's longer answer that its shorter one has: 0.61 in 299 real pairs
 USUAL_SHARE = 0.7  # of max_completion that answers use on average: some end early, and weak models seldom do
 
@@ -26,6 +26,15 @@ def written(spec: JobSpec) -> int:
     if spec.method not in SAMPLED:
         return 0
     return spec.distill.max_completion if spec.method == "distill" else spec.grpo.max_completion
+
+
+def filled(length: int) -> int:
+    """Tokens of the room that loops/cells.py gives a prompt: to the next 128, or eighth of a power of two above 1,024.
+
+    Prompts of one room are attended together, so few rooms are faster, and the most that lies empty stays small.
+    """
+    step = max(128, (1 << (max(1, length) - 1).bit_length()) // 8)
+    return math.ceil(max(1, length) / step) * step
 
 
 def processes(hardware: str | Mapping[str, Any] | None) -> int:
@@ -140,7 +149,7 @@ class Rows:
         if self.paged(device, dtype):
             return slots * PAGE * (math.ceil(self.length / PAGE) + math.ceil(prompt / PAGE))
         room = CELLS << max(0, math.ceil(math.log2(self.written / CELLS)))
-        return slots * room + math.ceil(slots / self.answers) * math.ceil(prompt / CELLS) * CELLS
+        return slots * room + math.ceil(slots / self.answers) * filled(prompt)
 
     # --- time ---
 

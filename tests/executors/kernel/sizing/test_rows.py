@@ -66,6 +66,14 @@ def test_what_is_held_while_answers_are_written(make):
     assert rows(make, "dpo").slots(4, "cpu") == rows(make, "dpo").cached(4, "cpu", "float32") == 0
 
 
+def test_prompts_share_few_rooms():
+    assert [module.filled(length) for length in (1, 128, 129, 1000, 1025, 2049)] == [128, 128, 256, 1024, 1280, 2560]
+    rooms = [module.filled(length) for length in range(1, 32_769)]
+    assert rooms == sorted(rooms)
+    assert all(length <= room <= max(length + 127, 1.25 * length) for length, room in enumerate(rooms, 1))
+    assert len(set(rooms)) == 28
+
+
 def test_the_constants_are_those_of_the_loops():
     from tunesmith.executors.kernel.loops import cells, methods, paged, trl
 
