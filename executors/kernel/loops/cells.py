@@ -2,20 +2,24 @@
 
 Rows are the samples being written, packed to the front: where one ends, the last takes its place. Prompts of about the
 same length share a grid, so that all queries of a prompt's samples are one product with its keys, and all prompts of a
-grid are one batch of products. A row's scores over its prompt and over its own tokens meet in one softmax.
+grid are one batch of products. What a row sees in its prompt and in its own tokens is joined by the log-sum-exps of
+both (as in FlashAttention's split keys, arXiv 2205.14135).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.executors.kernel.sizing.rows import filled
 
+LEAST = -1e30
 ROOM = 64  # cells: a row's own ones are doubled from here
 STRIDE = 16  # a row's own cells are looked at by so many more at a time: oneDNN plans each shape of product anew
 PLACES = 8
@@ -83,13 +87,15 @@ class Prompt:
 
 @dataclass(slots=True)
 class _Grid:
-    """The rows of an arena's prompts, as [prompts, width]: `cells` names a row for each, `real` those that are."""
+    """The rows of an arena's prompts, as [prompts, width]: `cells` names one for each, again where a prompt has fewer.
+
+    `straight` says that these are all rows in their order.
+    """
 
     arena: Arena
     width: int
     cells: Tensor
-    rows: Tensor
-    real: Tensor | None
+    straight: bool
 
 
 @dataclass(slots=True)
@@ -99,7 +105,7 @@ class _Plan:
     counts: Tensor
     longest: int
     flat: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    masks: dict[int | None, list[Tensor]] = field(default_factory=dict)
 
 
 class Cells:
@@ -120,7 +126,7 @@ class Cells:
         self._prompts: list[Prompt] = []
         self._grids: list[_Grid] | None = None
         self._lengths = torch.zeros(0, dtype=torch.int64)
-        self._before = 0
+        self._order: Tensor | None = None
         self._longest = 0
         self._plan: _Plan | None = None
         self._layer = 0
@@ -188,28 +194,24 @@ class Cells:
 
     def _arrange(self) -> None:
         """Lay the rows out in grids, one for each arena with rows."""
-        lengths = [prompt.length for prompt in self.rows]
-        self._lengths = torch.tensor(lengths, device=self.device)
-        self._grids, self._before = [], 0
+        self._lengths = torch.tensor([prompt.length for prompt in self.rows], device=self.device)
+        self._grids = []
+        order, laid = [0] * len(self.rows), 0
         for arena in {id(prompt.arena): prompt.arena for prompt in self.rows}.values():
             members: list[list[int]] = [[] for _ in range(arena.used)]
             for row, prompt in enumerate(self.rows):
                 if prompt.arena is arena:
                     members[prompt.place].append(row)
             width = max(map(len, members))
-            cells = [(rows + (rows[:1] or [0]) * width)[:width] for rows in members]
-            real = [at * width + n for at, rows in enumerate(members) for n in range(len(rows))]
-            flat = [row for rows in members for row in rows]
-            self._grids.append(
-                _Grid(
-                    arena,
-                    width,
-                    torch.tensor([row for line in cells for row in line], device=self.device),
-                    torch.tensor(flat, device=self.device),
-                    None if len(real) == width * len(members) else torch.tensor(real, device=self.device),
-                )
-            )
-            self._before = max(self._before, arena.room)
+            for at, rows in enumerate(members):
+                for number, row in enumerate(rows):
+                    order[row] = laid + at * width + number
+            laid += len(members) * width
+            cells = [row for rows in members for row in (rows + (rows[:1] or [0]) * width)[:width]]
+            straight = cells == list(range(len(self.rows)))
+            self._grids.append(_Grid(arena, width, torch.tensor(cells, device=self.device), straight))
+        plain = order == list(range(laid))
+        self._order = None if plain else torch.tensor(order, device=self.device)
 
     def settle(self, longest: int) -> None:
         """Bring up to date what changes when rows come and go; none has more than `longest` tokens of its own."""
@@ -228,29 +230,26 @@ class Cells:
         assert self._grids is not None
         plan, layer, self._layer = self._plan, self._layer, self._layer + 1
         rows, heads, dim = len(self.rows), key.shape[1], key.shape[3]
-        group, longest, before = query.shape[1] // heads, plan.longest, self._before
+        group, longest = query.shape[1] // heads, plan.longest
         held = self._own.layer(layer, key, value)
         flat = self._flat(plan, heads)
         for cells, fresh in zip(held, (key, value), strict=True):
             cells.view(-1, cells.shape[3]).index_copy_(0, flat, fresh[0].transpose(0, 1).flatten(0, 1))
-        own_keys, own_values = (cells[:rows].flatten(0, 1)[:, :longest] for cells in held)
-        asked = (query[0].transpose(0, 1) * scale).reshape(rows, heads, group, dim)
-
-        scores = torch.empty(rows, heads, group, before + longest, device=self.device)
-        own = torch.bmm(asked.view(rows * heads, group, dim), own_keys.transpose(1, 2))
-        scores[..., before:] = own.view(rows, heads, group, longest)
-        for grid in self._grids:
-            keys = grid.arena.keys[layer][: grid.arena.used].flatten(0, 1)
-            part = torch.bmm(_spread(grid, asked), keys.transpose(1, 2))
-            scores[..., : grid.arena.room].index_copy_(0, grid.rows, _gathered(grid, part, group).float())
-        shares = scores.masked_fill_(self._mask(plan, window), -torch.inf).softmax(-1).to(value.dtype)
-
-        out = torch.bmm(shares.flatten(0, 1)[..., before:], own_values).view(rows, heads, group, -1)
-        for grid in self._grids:
-            values = grid.arena.values[layer][: grid.arena.used].flatten(0, 1)
-            part = torch.bmm(_spread(grid, shares[..., : grid.arena.room]), values)
-            out.index_add_(0, grid.rows, _gathered(grid, part, group))
-        return out.view(1, rows, heads * group, -1)
+        asked = query[0].transpose(0, 1).view(rows, heads, group, dim)
+        own_keys, own_values = (cells[:rows, :, :longest] for cells in held)
+        masks = self._masks(plan, window, group, query.dtype)
+        out, total = softmax_over(asked, own_keys, own_values, masks[0].expand(-1, -1, group, -1), scale)
+        parts, totals = [], []
+        for grid, mask in zip(self._grids, masks[1:], strict=True):
+            keys, values = (kept[layer][: grid.arena.used] for kept in (grid.arena.keys, grid.arena.values))
+            part, part_total = softmax_over(_spread(grid, asked), keys, values, mask, scale)
+            parts.append(_gathered(grid, part, group))
+            totals.append(_gathered(grid, part_total[..., None], group))
+        part, part_total = (pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in (parts, totals))
+        if self._order is not None:
+            part, part_total = part.index_select(0, self._order), part_total.index_select(0, self._order)
+        weight = torch.sigmoid(part_total - total[..., None]).to(out.dtype)
+        return torch.lerp(out, part, weight).view(1, rows, heads * group, -1)
 
     def _flat(self, plan: _Plan, heads: int) -> Tensor:
         """Where the rows' latest tokens go in a layer's cells, laid flat."""
@@ -260,30 +259,61 @@ class Cells:
             found = plan.flat[heads] = (first + (plan.counts - 1)[:, None]).flatten()
         return found
 
-    def _mask(self, plan: _Plan, window: int | None) -> Tensor:
-        """True where a row may not look, [rows, 1, 1, prompt + own]."""
+    def _masks(self, plan: _Plan, window: int | None, group: int, dtype: torch.dtype) -> list[Tensor]:
+        """Numbers to add to scores: for own tokens [rows, 1, 1, own], by grid [prompts, 1, width * group, room]."""
         found = plan.masks.get(window)
         if found is None:
-            lengths, counts = self._lengths[:, None], plan.counts[:, None]
-            prompt = torch.arange(self._before, device=self.device)[None]
+            assert self._grids is not None
             own = torch.arange(plan.longest, device=self.device)[None]
-            hidden = [prompt >= lengths, own >= counts]
+            ends = plan.counts[:, None]
+            hidden = own >= ends
             if window is not None:
-                hidden[0] |= prompt <= lengths + counts - 1 - window
-                hidden[1] |= own <= counts - 1 - window
-            found = plan.masks[window] = torch.cat(hidden, 1)[:, None, None]
+                hidden |= own <= ends - 1 - window
+            found = [_added(hidden, dtype)[:, None, None]]
+            for grid in self._grids:
+                before = torch.arange(grid.arena.room, device=self.device)[None]
+                lengths = self._lengths[grid.cells][:, None]
+                hidden = before >= lengths
+                if window is not None:
+                    hidden |= before <= lengths + ends[grid.cells] - 1 - window
+                laid = _added(hidden, dtype).view(-1, 1, grid.width, 1, grid.arena.room)
+                found.append(laid.expand(-1, -1, -1, group, -1).flatten(2, 3))
+            plan.masks[window] = found
         return found
 
 
+def softmax_over(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention [b, heads, n, dim] with `mask` added to its scores, and their log-sum-exp [b, heads, n] in float32.
+
+    On CPUs torch has both in one kernel, which takes a third of the time of its parts for a few rows.
+    """
+    fused = _fused() if query.device.type == "cpu" else None
+    if fused is not None:
+        out, total = fused(query, keys, values, attn_mask=mask, scale=scale)
+        return out, total
+    scores = (query @ keys.mT).float() * scale + mask
+    total = scores.logsumexp(-1)
+    return (scores - total[..., None]).exp().to(values.dtype) @ values, total
+
+
+@cache
+def _fused() -> Any:
+    """torch's attention for CPUs that also returns the log-sum-exp; None where this torch has none."""
+    return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def _added(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """As numbers to add to scores. They are finite, so that a row which may see nothing weighs nothing, not NaN."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, LEAST)
+
+
 def _spread(grid: _Grid, items: Tensor) -> Tensor:
-    """[rows, heads, group, width] as the grid's products take them, [prompts * heads, rows each * group, width]."""
-    laid = items.index_select(0, grid.cells)
-    laid = laid.view(-1, grid.width, *laid.shape[1:]).transpose(1, 2)
-    return laid.flatten(0, 1).flatten(1, 2)
+    """[rows, heads, group, dim] as the grid's products take them, [prompts, heads, width * group, dim]."""
+    laid = items if grid.straight else items.index_select(0, grid.cells)
+    return laid.view(-1, grid.width, *laid.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def _gathered(grid: _Grid, part: Tensor, group: int) -> Tensor:
-    """The other way, to [rows, heads, group, width] in the order of `grid.rows`."""
-    prompts = len(grid.cells) // grid.width
-    laid = part.view(prompts, -1, grid.width, group, part.shape[-1]).transpose(1, 2).flatten(0, 1)
-    return laid if grid.real is None else laid.index_select(0, grid.real)
+    """The other way, to [prompts * width, heads, group, dim]."""
+    prompts, heads = part.shape[:2]
+    return part.view(prompts, heads, grid.width, group, -1).transpose(1, 2).flatten(0, 1)

@@ -66,6 +66,7 @@ def rollout_attention(
     if store is None or query.shape[0] != 1 or attention_mask is not None or unsupported or dropout:
         raise NotImplementedError(f"rollout attention without {', '.join(unsupported) or 'a store'}")
     query, key, value = attention.lowered(query, key, value)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings raise them under a CPU's autocast
     if writing:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return store.attend(query, key, value, scale, sliding_window), None

@@ -62,10 +62,10 @@ class Merged:
     @torch.no_grad()
     def refresh(self) -> None:
         """Merge the weights as they are now, in place. Costs one product of rank r for each adapted layer."""
-        rooms: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        room = _Room()
         for layer, own in self._layers:
             if isinstance(own, matrix.Packed):
-                own.pack(_merge(layer, rooms=rooms))
+                own.pack(_merge(layer, room=room))
             else:
                 _merge(layer, own)
         if self._casts:
@@ -109,14 +109,25 @@ def _mergeable(module: Any) -> bool:
     return module.lora_A["default"].bias is None and module.lora_B["default"].bias is None
 
 
-def _merge(
-    layer: Any, own: Tensor | None = None, rooms: dict[torch.Size, tuple[Tensor, Tensor]] | None = None
-) -> Tensor:
-    """The layer's weight with its adapter, in the weight's type; written to `own` if there is one.
+class _Room:
+    """Memory on a CPU for one matrix at a time, in float32 and in another type, grown as asked.
 
-    Where `rooms` are given, what is returned lies in one of them until the next call: to take fresh memory for every
-    layer costs a CPU up to five times as long as the product.
+    To take fresh memory for every matrix costs up to five times as long as the product that fills it.
     """
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def of(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A matrix of this shape, with whatever the last one left in it."""
+        held = self._held.get(dtype)
+        if held is None or held.numel() < like.numel():
+            self._held[dtype] = held = torch.empty(like.numel(), dtype=dtype)
+        return held[: like.numel()].view(like.shape)
+
+
+def _merge(layer: Any, own: Tensor | None = None, room: _Room | None = None) -> Tensor:
+    """The layer's weight with its adapter, in the weight's type; in `own`, or else in `room`, if there is one."""
     variant = layer.lora_variant.get("default")
     if variant is not None:  # DoRA, as peft merges it; the norm it remembers is for taking the adapter out again
         merged: Tensor = variant.merge_safe(layer, "default", layer.base_layer.weight)
@@ -126,11 +137,9 @@ def _merge(
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if a.dtype == b.dtype == weight.dtype and (own is None or own.dtype == weight.dtype):
             return torch.addmm(weight, b, a, alpha=scale, out=own)
-        if rooms is not None and own is None:
-            if weight.shape not in rooms:
-                rooms[weight.shape] = torch.empty_like(weight, dtype=torch.float32), torch.empty_like(weight)
-            wide, own = rooms[weight.shape]
-            merged = wide.copy_(weight).addmm_(b.float(), a.float(), alpha=scale)
+        if room is not None and own is None and weight.dtype != torch.float32:
+            own = room.of(weight, weight.dtype)
+            merged = room.of(weight, torch.float32).copy_(weight).addmm_(b.float(), a.float(), alpha=scale)
         else:
             merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
     return merged if own is None else own.copy_(merged)

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from tunesmith.executors.kernel.loops import cells
 from tunesmith.executors.kernel.loops.cells import Cells
 from tunesmith.executors.kernel.loops.decode import Decoder
 from tunesmith.executors.kernel.loops.forks import Tree, spread
@@ -184,6 +185,43 @@ def test_an_adapted_head_is_merged_like_any_layer(tied, stands, make_rollout, ma
     samples = rollout.generate(asks, key="1:0")
     for item, logps in zip(samples, by_the_trainer(rollout.net, asks, samples, 1.0), strict=True):
         assert torch.tensor(item.logps) == pytest.approx(logps, abs=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("slots", [3, 64])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_prompts_of_many_lengths_in_several_grids(window, slots, kernel, make_rollout, monkeypatch):
+    """Grids of one prompt and of several, full and not; also without torch's kernel for CPUs, as on other devices."""
+    if not kernel:
+        monkeypatch.setattr(cells, "_fused", lambda: None)
+    family, more = ("mistral", {"sliding_window": window}) if window else ("llama", {})
+    rollout = make_rollout(family, slots=slots, max_position_embeddings=512, **more)
+    assert (rollout.way, rollout.problems) == ("cells", ())
+    draw = random.Random(3)
+    lengths = (5, 130, 127, 260, 2, 131)
+    asks = [Ask(at, [draw.randrange(3, 90) for _ in range(n)], range(1 + at % 3)) for at, n in enumerate(lengths)]
+    samples = rollout.generate(asks, key="1:0")
+    for item, logps in zip(samples, by_the_trainer(rollout.net, asks, samples, 1.0), strict=True):
+        assert torch.tensor(item.logps) == pytest.approx(logps, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_a_row_that_may_see_nothing_weighs_nothing(dtype, near, monkeypatch):
+    draw = torch.Generator().manual_seed(1)
+    query, keys, values = (torch.randn(2, 3, n, 16, generator=draw).to(dtype) for n in (4, 20, 20))
+    hidden = torch.zeros(2, 1, 4, 20, dtype=torch.bool)
+    hidden[0, :, 1] = True
+    hidden[1, ..., 7:] = True
+    mask = cells._added(hidden, dtype)
+    out, total = cells.softmax_over(query, keys, values, mask, 0.25)
+    monkeypatch.setattr(cells, "_fused", lambda: None)
+    other, other_total = cells.softmax_over(query, keys, values, mask, 0.25)
+    assert out.isfinite().all()
+    assert (total[0, :, 1] < -1e29).all()
+    assert (other_total[0, :, 1] < -1e29).all()
+    seen = ~hidden.all(-1).expand(2, 3, 4)
+    assert out.float()[seen] == pytest.approx(other.float()[seen], abs=near)
+    assert total[seen] == pytest.approx(other_total[seen], abs=near)
 
 
 def test_a_model_that_cannot_falls_back_in_words_and_is_right(make_rollout, monkeypatch):
