@@ -258,13 +258,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A range with its source. Units: bytes, seconds, usd, tokens, tokens/s."""
+    """A range with its source. Units: bytes, seconds, usd, tokens, tokens/s.
+
+    `formula` is what the formulas alone had expected, where earlier runs corrected them.
+    """
 
     low: float
     expected: float
     high: float
     unit: Literal["bytes", "seconds", "usd", "tokens", "tokens/s"]
     source: Source = "formula"
+    formula: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,8 +329,29 @@ class DataReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """One earlier run on a device. Pairs are (what the formulas alone foretold, what was measured); None: not known.
+
+    bytes     what one device held; `exceeded`: it needed more than the second number
+    rate      tokens/s while training
+    rest      seconds beside training, of a run that did all of its job
+    """
+
+    method: str
+    family: str
+    bytes: tuple[float, float] | None = None
+    exceeded: bool = False
+    rate: tuple[float, float] | None = None
+    rest: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One place to run: a GPU, several, or a CPU, as a backend offers it. Peaks in FLOP/s, bandwidth in bytes/s."""
+    """One place to run: a GPU, several, or a CPU, as a backend offers it. Peaks in FLOP/s, bandwidth in bytes/s.
+
+    `stack` names the device itself and the versions that decide how much it holds and how fast it is (device, driver,
+    torch, transformers); `past` are the earlier runs of this home on that very stack, the latest first.
+    """
 
     backend: str
     hardware: str
@@ -338,6 +363,8 @@ class Device:
     usd_per_hour: float = 0.0
     as_of: str | None = None
     why_not: str | None = None
+    stack: Dict[str, str] = field(default_factory=dict)
+    past: tuple[Past, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
