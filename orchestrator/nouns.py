@@ -368,8 +368,21 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """How the same job would do on another card. `speed` is its tokens/s over those of the plan; None if not known."""
+
+    hardware: str
+    memory_bytes: int
+    fits: bool
+    speed: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """The job fitted to a device. `peak_bytes` is what one device must hold; `parts` adds up to its expected value."""
+    """The job fitted to a device. `peak_bytes` is what one device must hold; `parts` adds up to its expected value.
+
+    `elsewhere` are the next smaller and the next larger card.
+    """
 
     params: int
     trainable: int
@@ -383,6 +396,7 @@ class Size:
     activation_checkpointing: bool
     quantization: str | None
     rank: int | None
+    elsewhere: tuple[Elsewhere, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

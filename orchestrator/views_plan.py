@@ -84,6 +84,7 @@ def _stage(stage: Doc, index: int, count: int) -> RenderableType:
     if size:
         rows.append(("Model", _model(spec, size)))
         rows.append(("Memory", _memory(size)))
+        rows += [("Elsewhere", _elsewhere(size["elsewhere"]))] if size.get("elsewhere") else []
     rows.append(("Training", _training(spec)))
     if method := _method(spec):
         rows.append(("Method", method))
@@ -176,6 +177,17 @@ def _memory(size: Doc) -> RenderableType:
     if named:
         line.append("\n" + "   ".join(named), style="dim")
     return line
+
+
+def _elsewhere(cards: list[Doc]) -> Text:
+    """The next smaller and the next larger card: whether it would do, and how fast it would be."""
+    said = []
+    for card in cards:
+        name = f"{inert(card.get('hardware', ''), limit=40)} ({figures.size(card.get('memory_bytes'))})"
+        speed = number(card.get("speed"))
+        does = "fits" if card.get("fits") else "does not fit"
+        said.append(f"{name} {does}" + (f", {figures.amount(round(speed, 2))} times as fast" if speed else ""))
+    return Text("   ".join(said), style="dim")
 
 
 def _training(spec: Doc) -> Text:

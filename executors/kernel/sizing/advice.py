@@ -1,93 +1,13 @@
-"""What to tell a person about a fitted job: what would fit where it does not, and what is unusual where it does."""
+"""What to tell a person about a spec and what became of it: what is refused, what is unusual, what is assumed."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
-from typing import Any
 
-from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
-from tunesmith.executors.kernel.sizing import defaults, size
+from tunesmith.executors.kernel.sizing import defaults
 from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL, written
-from tunesmith.executors.kernel.sizing.size import Layout, in_gib
 from tunesmith.orchestrator.nouns import DataReport, Device, Finding, JobSpec
-
-# --- what would fit ------------------------------------------------------------------------------------------------
-
-
-def does_not_fit(layout: Layout, device: Device, budget: int, least: tuple[int, int, int], sharers: int) -> Finding:
-    """The error for what does not fit, with what would. `budget` is the part of each of `sharers` processes.
-
-    `least`: rows of the smallest micro-batch, its tokens, and its longest sequence.
-    """
-    safe, peak = size.SAFE_SHARE[device.kind], size.peak(layout)
-    capped = budget < device.memory_bytes // sharers
-    whole = in_gib(budget * sharers)
-    there = f"limits.memory_gb allows {whole}" if capped else f"{device.hardware} has {whole}"
-    each, shared = ("Each process", f", for {sharers:,} processes") if sharers > 1 else ("It", "")
-    ways = [*_fewest_changes(layout, device, budget, least), *_smaller_models(layout, budget, least[1])]
-    if sharers > 1 and size.fits(layout, budget * sharers):
-        ways.append("hardware.processes=1")
-    ways.append(f"a device with {math.ceil(sharers * peak.high / safe / size.GIB)} GiB")
-    return Finding(
-        level="error",
-        code="size.does_not_fit",
-        message=f"{each} needs about {in_gib(peak.expected)} (up to {in_gib(peak.high)}); {there}{shared}, "
-        f"of which {in_gib(safe * budget)} can be planned with{' for each' if shared else ''}.",
-        where="limits.memory_gb" if capped else f"hardware {device.hardware}",
-        fix="This would fit: " + "; ".join(ways) + ".",
-    )
-
-
-def _fewest_changes(layout: Layout, device: Device, budget: int, least: tuple[int, int, int]) -> list[str]:
-    """Settings that make it fit together, those with the same result first; empty where none do."""
-    rows, tokens, longest = least
-    steps: list[tuple[str, dict[str, Any]]] = [
-        (f"train.micro_batch={rows} (same result)", {"tokens": tokens}),
-        ("train.activation_checkpointing=true (same result, slower)", {"checkpointing": True}),
-    ]
-    if layout.kind == "none":
-        steps.append(("adapter.kind=lora (an adapter instead of all weights)", {"kind": "lora"}))
-    if layout.dtype == "float32" and (device.kind == "cpu" or defaults.has_bf16(device)):
-        steps.append(("train.dtype=bfloat16", {"dtype": "bfloat16"}))
-    if defaults.no_4bit(device) is None:
-        steps.append(("adapter.kind=qlora (the model in 4 bits)", {"kind": "qlora"}))
-    for part in (2, 4):
-        if longest // part >= 128 and not layout.slots:
-            cut = {"tokens": tokens // part, "longest": longest // part}
-            cut |= {"branched": layout.branched // part, "looked": layout.looked // part}
-            steps.append((f"train.max_length={longest // part} (leaves longer rows out)", cut))
-    said: dict[str, str] = {}
-    for text, change in steps:
-        tighter = layout.but(**change)
-        if size.peak(tighter).high >= size.peak(layout).high:
-            continue
-        layout = tighter
-        said[text.partition("=")[0]] = text
-        if size.fits(layout, budget):
-            return [" with ".join(said.values())]
-    return []
-
-
-def _smaller_models(layout: Layout, budget: int, tokens: int) -> list[str]:
-    """The next two smaller sizes of the same family and kind, where they fit."""
-    facts, sizes = layout.facts, dict[int, list[ModelFacts]]()
-    for model in catalogue.known():
-        if model.family == facts.family and model.instruct == facts.instruct and model.params < facts.params:
-            sizes.setdefault(model.params, []).append(model)
-    words, ways = set(facts.id.split("-")), []
-    for count in sorted(sizes, reverse=True)[:2]:
-        model = max(sizes[count], key=lambda one: len(words & set(one.id.split("-"))))
-        same = layout.but(facts=model, targets=tuple(model.linears), tokens=tokens)
-        if size.fits(same, budget):
-            ways.append(model.id)
-        elif layout.kind == "none" and size.fits(same.but(kind="lora"), budget):
-            ways.append(f"{model.id} with adapter.kind=lora")
-    return ways
-
-
-# --- what is unusual -----------------------------------------------------------------------------------------------
 
 
 def notes(

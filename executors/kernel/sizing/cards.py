@@ -1,0 +1,126 @@
+"""Usual cards, and how a job would do on the next smaller and the next larger one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tunesmith.executors.kernel.sizing.job import Job
+from tunesmith.executors.kernel.sizing.search import Found
+from tunesmith.executors.kernel.sizing.settle import again
+from tunesmith.orchestrator.nouns import Device, Elsewhere, JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU as it is sold: its name, the GB on its box, and what its driver and its data sheet say.
+
+    `mib` is the memory that nvidia-smi tells; FLOP/s are dense, in bfloat16 (T4: float16), with sums in float32.
+    """
+
+    name: str
+    gb: int
+    mib: int
+    flops: float
+    bandwidth: float
+
+    @property
+    def bytes(self) -> int:
+        """Its memory in bytes."""
+        return self.mib * 2**20
+
+    def device(self, backend: str = "local", why_not: str | None = None) -> Device:
+        """The card as a place to run."""
+        return Device(
+            backend=backend,
+            hardware=self.name,
+            kind="cuda",
+            memory_bytes=self.bytes,
+            peak_flops=self.flops,
+            bandwidth=self.bandwidth,
+            why_not=why_not,
+        )
+
+
+CARDS = (  # the slower of equal size first
+    Card("RTX 3060", 12, 12288, 25.5e12, 360e9),
+    Card("RTX 4070", 12, 12282, 58.3e12, 504e9),
+    Card("T4", 16, 15360, 65e12, 320e9),
+    Card("RTX 4080", 16, 16376, 97.5e12, 717e9),
+    Card("A10G", 24, 23028, 70e12, 600e9),
+    Card("RTX 3090", 24, 24576, 71e12, 936e9),
+    Card("L4", 24, 23034, 121e12, 300e9),
+    Card("RTX 4090", 24, 24564, 165e12, 1008e9),
+    Card("RTX 5090", 32, 32607, 209e12, 1792e9),
+    Card("A100 40GB", 40, 40960, 312e12, 1555e9),
+    Card("L40S", 48, 46068, 362e12, 864e9),
+    Card("A100 80GB", 80, 81920, 312e12, 2039e9),
+    Card("H100 80GB", 80, 81559, 989e12, 3350e9),
+    Card("H200", 141, 143771, 989e12, 4800e9),
+)
+_NEAR = 0.1  # cards whose memory differs by less are of one size
+
+
+def named(name: str) -> Card | None:
+    """The card that a name means: "NVIDIA GeForce RTX 4090", "a 4090", "A100 80GB PCIe". None for its variants.
+
+    An A100 whose size is not said is the larger one.
+    """
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    if {"ti", "super", "laptop", "mobile"} & {*words}:  # with another memory
+        return None
+    said = {"".join(words[start:end]) for start in range(len(words)) for end in range(start + 1, start + 4)}
+    for card in reversed(CARDS):
+        model, *rest = card.name.lower().removeprefix("rtx ").split()
+        if model in said and (not rest or {*rest} <= said or not re.search(r"\d+gb", name.lower())):
+            return card
+    return None
+
+
+def smallest(job: Job) -> tuple[Card, Found] | None:
+    """The smallest card on which a job fits, the fastest of that size; None where none is large enough."""
+    for size in sorted({card.gb for card in CARDS}):
+        for card in reversed([one for one in CARDS if one.gb == size]):
+            _, found = on(job, card)
+            if found.fits:
+                return card, found
+    return None
+
+
+def on(job: Job, card: Card) -> tuple[Job, Found]:
+    """The job on a card, without a cap on its memory: the cap stands for a card, or for the owner of this one."""
+    device = card.device(backend="elsewhere")
+    return again(job, spec=_uncapped(job.spec), device=device)
+
+
+def _uncapped(spec: JobSpec) -> JobSpec:
+    return replace(spec, limits=replace(spec.limits, memory_gb=None))
+
+
+def around(job: Job, found: Found) -> tuple[Elsewhere, ...]:
+    """The next smaller and the next larger card than what there is; for a CPU, the smallest card that would do."""
+    if job.device.kind != "cuda":
+        will = smallest(job) if job.ranks == 1 else None
+        return (_elsewhere(job, found, will[0]),) if will is not None else ()
+    return tuple(_elsewhere(job, found, card) for card in _next_to(job.budget))
+
+
+def _next_to(memory: int) -> Iterator[Card]:
+    smaller = [card for card in CARDS if card.bytes < (1 - _NEAR) * memory]
+    larger = [card for card in CARDS if card.bytes > (1 + _NEAR) * memory]
+    if smaller:
+        yield max(smaller, key=lambda card: (card.gb, card.flops))
+    if larger:
+        yield min(larger, key=lambda card: (card.gb, -card.flops))
+
+
+def _elsewhere(job: Job, found: Found, card: Card) -> Elsewhere:
+    _, there = on(job, card)
+    known = found.fits and there.fits and job.device.peak_flops
+    return Elsewhere(
+        hardware=card.name,
+        memory_bytes=card.bytes,
+        fits=there.fits,
+        speed=round(there.best.rate / found.best.rate, 3) if known else None,
+    )
