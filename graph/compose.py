@@ -163,7 +163,9 @@ def _stage(made: Made, index: int, part: Part, intent: str) -> dict[str, Any]:
         ):
             continue
         before = said.get(fact.key)
-        if before is not None and before.value != fact.value:
+        if before is not None and fact.key == "hardware" and {"gpus": 1} in (before.value, fact.value):
+            said[fact.key] = before if fact.value == {"gpus": 1} else fact  # a card by its name is one GPU
+        elif before is not None and before.value != fact.value:
             made.error(
                 "request.contradiction",
                 f"{before.words!r} and {fact.words!r} say different things.",

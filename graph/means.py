@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from tunesmith.graph.rules import Hit, Rule, lead, say, tail, value
+from tunesmith.graph.sentence import NUM
 from tunesmith.graph.surroundings import named
 from tunesmith.graph.vocabulary import OFF
 
@@ -73,15 +74,19 @@ def gguf_of_bits(hit: Hit) -> str:
 
 
 def card(hit: Hit) -> dict[str, Any] | None:
-    """ "my 4090": a GPU of this machine."""
-    return {"hardware": {"gpus": 1}, "backend": "local"} if str(hit.number().plain) in CARDS else None
+    """ "my 4090": a GPU of this machine, by its name."""
+    number = str(hit.number().plain)
+    if number not in CARDS:
+        return None
+    more = [word for word in ("ti", "super", "ada", "laptop") if word in hit.low.rpartition(NUM)[2]]
+    return {"hardware": " ".join(["RTX", number, *(word.capitalize() for word in more)]), "backend": "local"}
 
 
 def flavor(hit: Hit) -> dict[str, Any]:
     """Rented hardware by its name, or the user's own."""
-    if set(hit.low.split()) & {"my", "our", "local", "own"}:
-        return {"hardware": {"gpus": 1}, "backend": "local"}
     name = (hit.group("flavor") or "").lower().replace("_", "-").replace(" ", "-")
+    if set(hit.low.split()) & {"my", "our", "local", "own"}:
+        return {"hardware": name.upper(), "backend": "local"}
     name = {"a10": "a10g", "l40": "l40s"}.get(name, name)
     if hit.has("N") and hit.number().value > 1:
         name = f"{'a10g-large' if name in ('a10g', 'a10g-small') else name}x{hit.number().plain}"
@@ -129,7 +134,7 @@ PLACE_RULES: tuple[Rule, ...] = (
         "",
         card,
         lead("on using with my our a an the single own local nvidia geforce rtx")
-        + "{N}(?:_?ti)?(?: super| ada)?(?: gpu| card)?",
+        + "{N}(?:_?ti)?(?: super| ada)?(?: laptop)?(?: gpu| card)?",
     ),
     *say(
         "",
@@ -184,6 +189,8 @@ LIMIT_RULES: tuple[Rule, ...] = (
         f"{CAP}{{N}}_(?:gb|gib|gigs?|gigabytes?)(?: of)?"
         + tail("vram ram gpu memory video card graphics device", 3)
         + "(?! (?:data|file|csv|jsonl?|model|corpus))",
+        "(?:on|using|with) (?:a|an|my|our|the|one) (?:gpu|graphics card|video card|card) (?:with|of|that has|has) "
+        "{N}_(?:gb|gib|gigs?|gigabytes?)(?: of)?" + tail("vram ram gpu memory", 3),
     ),
     *say(
         "unsupported",

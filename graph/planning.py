@@ -11,6 +11,7 @@ Nothing here trains, stores, or loads torch, transformers, langgraph or pydantic
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -323,6 +324,8 @@ def _sized(stage: StageDraft, draft: Draft, known: Sequence[Device], cache: Path
     except TunesmithError as error:
         return stage.noting(*findings, finding_of(error))
     resolved = [*stage.resolved, *(replace(item, value=plain(item.value)) for item in resolved)]
+    if chosen not in known:
+        return stage.noting(*findings, *notes, spec=spec, resolved=tuple(resolved), size=sized, time=time, fits=fits)
     if spec.backend != chosen.backend:
         resolved.append(Resolved(key="backend", value=chosen.backend, why="the first that is ready and fits"))
         spec = replace(spec, backend=chosen.backend)
@@ -358,24 +361,40 @@ def _fit(stage: StageDraft, facts: Any, device: Device, teacher: Any) -> Fit:
 
 
 def choose(spec: JobSpec, known: Sequence[Device]) -> tuple[Device | None, list[Finding]]:
-    """The device a spec asks for: the first ready one of its backend and hardware, in the backend's own order."""
+    """The device a spec asks for: the first ready one of its backend and hardware, in the backend's own order.
+
+    Where there is none, but a usual card is meant, that card with the error: so it can be seen what it would do.
+    """
+    stand_in = _stand_in(spec)
+    note = f" What is foretold is for the {stand_in.hardware}." if stand_in is not None else ""
     of_backend = [device for device in known if spec.backend in (device.backend, "auto")]
     if not of_backend:
         names = ", ".join(dict.fromkeys(device.backend for device in known)) or "none"
         message = f"The backend {spec.backend!r} is not available here."
-        fix = f"Available: {names}."
-        return None, [Finding(level="error", code="backend.unknown", message=message, where="backend", fix=fix)]
+        fix = f"Available: {names}.{note}"
+        return stand_in, [Finding(level="error", code="backend.unknown", message=message, where="backend", fix=fix)]
     wanted = [device for device in of_backend if _is_wanted(spec.hardware, device)]
     if not wanted:
         names = ", ".join(device.hardware for device in of_backend)
         message = f"{spec.backend} has no hardware {_hardware(spec.hardware)}."
-        fix = f"It has {names}."
-        return None, [Finding(level="error", code="hardware.unknown", message=message, where="hardware", fix=fix)]
+        fix = f"It has {names}.{note}"
+        return stand_in, [Finding(level="error", code="hardware.unknown", message=message, where="hardware", fix=fix)]
     ready = [device for device in wanted if device.why_not is None]
     if ready:
         return ready[0], []
     message = f"{wanted[0].hardware} on {wanted[0].backend} is not ready: {wanted[0].why_not}"
     return wanted[0], [Finding(level="error", code="backend.not_ready", message=message, where="backend")]
+
+
+def _stand_in(spec: JobSpec) -> Device | None:
+    """The usual card that a spec means by its name, or by its memory; None where it means none."""
+    from tunesmith.executors.kernel.sizing import cards
+
+    hardware, memory = spec.hardware, spec.limits.memory_gb
+    card = cards.named(hardware) if isinstance(hardware, str) else None
+    if isinstance(hardware, Mapping) and hardware.get("gpus") and memory is not None:
+        card = cards.of_size(memory)
+    return None if card is None else card.device("elsewhere", why_not="It is not here.")
 
 
 def _is_wanted(hardware: str | Mapping[str, Any] | None, device: Device) -> bool:
@@ -389,7 +408,18 @@ def _is_wanted(hardware: str | Mapping[str, Any] | None, device: Device) -> bool
     asked, name = _squeezed(hardware), _squeezed(device.hardware)
     if asked in ("gpu", "cuda"):
         return device.kind != "cpu"
-    return asked == name or asked == device.kind or (len(asked) > 1 and name.startswith(asked))
+    return (
+        asked == name
+        or asked == device.kind
+        or (len(asked) > 1 and name.startswith(asked))
+        or _names(hardware, device.hardware)
+    )
+
+
+def _names(asked: str, full: str) -> bool:
+    """Whether a card's short name means the one of a full name: "RTX 4090" is an "NVIDIA GeForce RTX 4090", no "Ti"."""
+    short, long = (" ".join(re.findall(r"[a-z0-9]+", name.lower())) for name in (asked, full))
+    return bool(short and re.search(rf"\b{re.escape(short)}\b(?! (?:ti|super|laptop)\b)", long))
 
 
 def _several(hardware: str | Mapping[str, Any] | None) -> bool:

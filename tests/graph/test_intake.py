@@ -258,7 +258,16 @@ TRAIN = {
     # where, and for how much
     "SFT Qwen3-0.6B on data.jsonl on two A100s": a(backend="hf-jobs", hardware="a100x2"),
     "SFT Qwen3-0.6B on data.jsonl on an a10g-large in the cloud": a(backend="hf-jobs", hardware="a10g-large"),
-    "SFT Qwen3-0.6B on data.jsonl on my 4090": a() | GPU,
+    "SFT Qwen3-0.6B on data.jsonl on my 4090": a(backend="local", hardware="RTX 4090"),
+    "SFT Qwen3-0.6B on data.jsonl on an NVIDIA GeForce RTX 4070 Ti Super": a(
+        backend="local", hardware="RTX 4070 Ti Super"
+    ),
+    "SFT Qwen3-0.6B on data.jsonl on a 24GB RTX 3090": a(backend="local", hardware="RTX 3090", limits__memory_gb=24),
+    "SFT Qwen3-0.6B on data.jsonl on my 12 GB card, an RTX 3060": a(
+        backend="local", hardware="RTX 3060", limits__memory_gb=12
+    ),
+    "SFT Qwen3-0.6B on data.jsonl on my L4": a(backend="local", hardware="L4"),
+    "SFT Qwen3-0.6B on data.jsonl on a card with 24 GB": a(limits__memory_gb=24) | GPU,
     "SFT Qwen3-0.6B on data.jsonl locally": a(backend="local"),
     "SFT Qwen3-0.6B on data.jsonl with Hugging Face Jobs": a(backend="hf-jobs"),
     "finetune smollm2-135m on data.jsonl with budget $10, max 3 hours, 16GB VRAM": a(

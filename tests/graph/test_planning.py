@@ -308,6 +308,48 @@ def test_the_device_is_the_first_ready_one_that_was_asked_for(make, words, hardw
     assert (found.errors, stage(found).spec.hardware) == ((), hardware)
 
 
+@pytest.mark.parametrize(
+    ("asked", "full", "means"),
+    [
+        ("RTX 4090", "NVIDIA GeForce RTX 4090", True),
+        ("RTX 4090 Laptop", "NVIDIA GeForce RTX 4090 Laptop GPU", True),
+        ("RTX 4090", "NVIDIA GeForce RTX 4090 Laptop GPU", False),
+        ("RTX 4070 Ti", "NVIDIA GeForce RTX 4070", False),
+        ("RTX 4070", "NVIDIA GeForce RTX 4070 Ti SUPER", False),
+        ("L4", "NVIDIA L4", True),
+        ("L4", "NVIDIA L40S", False),
+        ("A100", "NVIDIA A100-SXM4-80GB", True),
+    ],
+)
+def test_a_card_is_known_by_its_short_name(make, asked, full, means):
+    spec = {"model": {"id": SMOL}, "data": [{"source": "rows.jsonl"}], "backend": "local", "hardware": asked}
+    found = make(spec=spec, devices=[replace(GPU, hardware=full), CPU])
+    assert codes(found.errors) == ([] if means else ["hardware.unknown"])
+    assert (stage(found).spec.hardware == full) is means
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "card"),
+    [
+        ("on my 4090", "hardware.unknown", "RTX 4090"),
+        ("on a 16 GB card", "hardware.unknown", "RTX 4080"),
+        ("on an A100", "backend.unknown", "A100 80GB"),
+        ("on an H100", "hardware.unknown", "H100 80GB"),
+    ],
+)
+def test_a_card_that_is_not_here_is_planned_for_all_the_same(make, words, code, card):
+    """A person who thinks of buying or renting one sees what it would do; nothing can be started on it."""
+    found = make(f"QLoRA Llama-3.1-8B on rows.jsonl {words}")
+    (error,) = found.errors
+    one = stage(found)
+    assert (error.code, error.fix.endswith(f"What is foretold is for the {card}.")) == (code, True)
+    assert one.size.fits
+    assert one.size.device_bytes > 15 * GIB
+    assert one.time is not None
+    assert [offer.hardware for offer in one.offers] == ["cpu"]
+    assert not {"backend", "hardware"} & {item.key for item in one.resolved}
+
+
 @pytest.mark.parametrize(("hardware", "named"), [({"gpus": 2}, "NVIDIA L4"), ({"processes": 2}, "cpu")])
 def test_how_many_processes_stands_whichever_device_is_chosen(make, hardware, named):
     spec = {"model": {"id": SMOL}, "data": [{"source": "rows.jsonl"}], "hardware": hardware}

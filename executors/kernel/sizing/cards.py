@@ -78,6 +78,12 @@ def named(name: str) -> Card | None:
     return None
 
 
+def of_size(gb: float) -> Card | None:
+    """The fastest card with so much memory, or with the next more."""
+    large = [card for card in CARDS if card.gb >= gb]
+    return min(large, key=lambda card: (card.gb, -card.flops)) if large else None
+
+
 def smallest(job: Job) -> tuple[Card, Found] | None:
     """The smallest card on which a job fits, the fastest of that size; None where none is large enough."""
     for size in sorted({card.gb for card in CARDS}):

@@ -22,6 +22,7 @@ from tunesmith.executors.kernel.sizing.size import in_gib
 from tunesmith.orchestrator.nouns import Finding, JobSpec
 
 SHORTEST = 128  # tokens: what is cut shorter teaches little
+LEAST_RANK = 4
 _SAME = ("micro_batch", "activation_checkpointing", "packing")  # of train, with the same result
 _FIELDS = {"rows": "micro_batch", "checkpointing": "activation_checkpointing", "packing": "packing"}
 
@@ -102,16 +103,14 @@ def _other_result(job: Job) -> Iterator[str]:
     """Single settings that would do, all else as it is but for what the search turns freely."""
     for key, value, what in _steps(job):
         yield from _tried(job, _setting(key, value), what, spec=_with(job.spec, key, value))
-    rank = _largest_rank(job)
-    if rank is not None:
-        yield f"adapter.rank={rank[0]} (a smaller adapter, {_takes(rank[1])})"
-    if job.made(False).written and (step := _halved(job, "train.effective_batch", job.effective, 1)) is not None:
-        yield f"train.effective_batch={step[0]} (fewer answers at a time and to a step, {_takes(step[1])})"
-    length = _largest_length(job)
-    if length is not None:
-        key, most, found = length
-        what = "the largest that fits; longer rows are left out" if key == "train.max_length" else "shorter answers"
-        yield f"{key}={most} ({what}, {_takes(found)})"
+    yield from _smaller(job)
+
+
+def _smaller(job: Job, before: str = "", after: str = "") -> Iterator[str]:
+    """The largest rank, step or length that would do; `before` and `after`: settings that are needed with it."""
+    for key, found, what in (_rank(job), _step(job), _length(job)):
+        if found is not None:
+            yield f"{before}{_setting(key, found[0])}{after} ({what}, {_takes(found[1])})"
 
 
 def _tried(job: Job, way: str, what: str = "", **changes: Any) -> Iterator[str]:
@@ -153,15 +152,23 @@ def _with(spec: JobSpec, key: str, value: Any) -> JobSpec:
     return replace(spec, **{section: replace(getattr(spec, section), **{name: value})})
 
 
-def _largest_rank(job: Job) -> tuple[int, Found] | None:
-    """The largest power of two below the rank, of 4 at least, with which it fits."""
-    return None if job.spec.adapter.kind == "none" else _halved(job, "adapter.rank", job.rank, 4)
+Largest = tuple[str, tuple[int, Found] | None, str]  # key, (value, what is found with it), what that means
+
+
+def _rank(job: Job) -> Largest:
+    full = job.spec.adapter.kind == "none"
+    return "adapter.rank", None if full else _halved(job, "adapter.rank", job.rank, LEAST_RANK), "a smaller adapter"
+
+
+def _step(job: Job) -> Largest:
+    key, written = "train.effective_batch", job.made(False).written
+    return key, _halved(job, key, job.effective, 1) if written else None, "fewer answers to a step"
 
 
 def _halved(job: Job, key: str, value: int, least: int) -> tuple[int, Found] | None:
     """(value, found) of the largest power of two below a value, `least` or more, with which it fits."""
     power = 1 << max(0, (value - 1).bit_length() - 1)
-    while power >= least:
+    while least <= power < value:
         found = _fitting(job, spec=_with(job.spec, key, power))
         if found is not None:
             return power, found
@@ -169,43 +176,34 @@ def _halved(job: Job, key: str, value: int, least: int) -> tuple[int, Found] | N
     return None
 
 
-def _largest_length(job: Job) -> tuple[str, int, Found] | None:
-    """(key, tokens, found) of the longest sequences that fit; of the longest answers where the model writes them."""
+def _length(job: Job) -> Largest:
+    """The longest sequences that fit; where the model writes them, the longest answers."""
     written = job.made(False).written
-    section = "distill" if job.spec.method == "distill" else "grpo"
-    key, most = (f"{section}.max_completion", written) if written else ("train.max_length", job.length)
+    key, most, what = "train.max_length", job.length, "the largest that fits; longer rows are left out"
+    if written:
+        section = "distill" if job.spec.method == "distill" else "grpo"
+        key, most, what = f"{section}.max_completion", written, "the largest that fits"
     low, high, best = 0, math.ceil(most / 64), None
     while high - low > 1:  # the steps of 64 from `high` on do not fit, those up to `low` do
         middle = (low + high) // 2
         found = _fitting(job, spec=_with(job.spec, key, 64 * middle))
         low, high, best = (middle, high, found) if found is not None else (low, middle, best)
-    return (key, 64 * low, best) if best is not None and 64 * low >= SHORTEST else None
+    return key, (64 * low, best) if best is not None and 64 * low >= SHORTEST else None, what
 
 
 def _together(job: Job) -> Iterator[str]:
     """Settings that would do together, where no single one does."""
-    spec, said = _free(job.spec, _SAME), []
+    spec, said = _free(job.spec, _SAME), {}
     for key, value, _ in _steps(job):
         if not key.startswith("limits"):
-            spec = _with(spec, key, value)
-            said = [one for one in said if not one.startswith(key)] + [_setting(key, value)]
-    for key, value in (
-        ("adapter.rank", 8),
-        ("train.max_length", job.length // 2),
-        ("train.max_length", job.length // 4),
-    ):
-        if key == "adapter.rank":
-            useless = spec.adapter.kind == "none" or job.rank <= value
-        else:
-            useless = value < SHORTEST or bool(job.made(False).written)
-        if useless:
-            continue
-        spec = _with(spec, key, value)
-        said = [one for one in said if not one.startswith(key)] + [_setting(key, value)]
-        found = _fitting(job, spec=spec)
-        if found is not None:
-            yield f"{' with '.join(said)}{_freed(job.spec)} ({_takes(found)})"
-            return
+            spec, said[key] = _with(spec, key, value), f"{_setting(key, value)} with "
+    tight, _ = again(job, spec=spec)
+    ways = [*_smaller(tight, "".join(said.values()), _freed(job.spec))]
+    if not ways and tight.rank > LEAST_RANK and spec.adapter.kind != "none":
+        said["adapter.rank"] = f"{_setting('adapter.rank', LEAST_RANK)} with "
+        tight, _ = again(job, spec=_with(spec, "adapter.rank", LEAST_RANK))
+        ways = [*_smaller(tight, "".join(said.values()), _freed(job.spec))]
+    yield from ways
 
 
 def _smaller_models(job: Job) -> Iterator[str]:
