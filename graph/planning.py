@@ -347,17 +347,18 @@ def _sized(stage: StageDraft, draft: Draft, known: Sequence[Device], cache: Path
 def _fit(stage: StageDraft, facts: Any, device: Device, teacher: Any) -> Fit:
     from tunesmith.executors.kernel import sizing
 
+    bare = replace(device, past=())  # it has done its work in the estimates, and need not travel on
     if device.why_not is not None:
-        return Fit(device=device, fits=False, why_not=device.why_not)
+        return Fit(device=bare, fits=False, why_not=device.why_not)
     try:
         kept = _several(stage.spec.hardware) and _is_wanted(stage.spec.hardware, device)
         hardware = stage.spec.hardware if kept else device.hardware
         spec = replace(stage.spec, backend=device.backend, hardware=hardware)
         _, sized, time, _, notes = sizing.resolve(spec, facts, stage.data, device, teacher)
     except TunesmithError as error:
-        return Fit(device=device, fits=False, why_not=error.message)
+        return Fit(device=bare, fits=False, why_not=error.message)
     why = next((item.message for item in notes if item.level == "error"), None)
-    return Fit(device=device, fits=sized.fits and why is None, time=time, why_not=why)
+    return Fit(device=bare, fits=sized.fits and why is None, time=time, why_not=why)
 
 
 def choose(spec: JobSpec, known: Sequence[Device]) -> tuple[Device | None, list[Finding]]:

@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from tunesmith.orchestrator import accuracy
 from tunesmith.orchestrator.errors import BackendUnavailable, InputError, TunesmithError
 from tunesmith.orchestrator.inert import inert
 from tunesmith.orchestrator.nouns import Device, plain
@@ -61,13 +62,16 @@ class Backends:
             return self._made[name]
 
     def devices(self, name: str | None = None) -> list[Device]:
-        """What a backend offers, or all of them; one that is not ready offers nothing here. Asks the executor anew."""
+        """What a backend offers, or all of them, with the past runs of this home; one that is not ready offers nothing.
+
+        Asks the executor anew.
+        """
         if name is not None and name not in self._factories:
             raise unknown(name, self.names())
         found: list[Device] = []
         for each in self.names() if name is None else [name]:
             found += self._ask(each)[0]
-        return found
+        return accuracy.recalled(self.home, found)
 
     def listing(self) -> list[dict[str, Any]]:
         """One document for each backend: name, ready, why_not, devices."""

@@ -258,10 +258,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A range with its source. Units: bytes, seconds, usd, tokens, tokens/s.
-
-    `formula` is what the formulas alone had expected, where earlier runs corrected them.
-    """
+    """A range with its source. `formula`: what was expected before earlier runs corrected it."""
 
     low: float
     expected: float
@@ -330,11 +327,9 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Past:
-    """One earlier run on a device. Pairs are (what the formulas alone foretold, what was measured); None: not known.
+    """One earlier run in pairs, (foretold by formulas alone, measured): bytes held, tokens/s, seconds beside training.
 
-    bytes     what one device held; `exceeded`: it needed more than the second number
-    rate      tokens/s while training
-    rest      seconds beside training, of a run that did all of its job
+    `exceeded`: it needed more bytes than the second number.
     """
 
     method: str
@@ -349,8 +344,7 @@ class Past:
 class Device:
     """One place to run: a GPU, several, or a CPU, as a backend offers it. Peaks in FLOP/s, bandwidth in bytes/s.
 
-    `stack` names the device itself and the versions that decide how much it holds and how fast it is (device, driver,
-    torch, transformers); `past` are the earlier runs of this home on that very stack, the latest first.
+    `stack` names it and the versions its speed and room depend on; `past` are runs on that very stack, newest first.
     """
 
     backend: str

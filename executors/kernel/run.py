@@ -20,6 +20,7 @@ from tunesmith.executors.kernel import checkpoint
 from tunesmith.executors.kernel.control import Control
 from tunesmith.executors.kernel.crew import LOST, Crew, Seat, devices
 from tunesmith.executors.kernel.explain import explained, stopped
+from tunesmith.executors.kernel.measured import Measured, ran_on
 from tunesmith.executors.kernel.place import choose_device, home_of, offline
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.executors.kernel.silent import Silent
@@ -53,7 +54,8 @@ def run(folder: Path) -> int:
     control = Control(folder / "control")
     with reporter, control.listening():
         track = Track(home_of(folder), attempt.job, plain(attempt.spec), lambda text: reporter.log(text, "warning"))
-        reporter.listeners += [track, speak]
+        measured = Measured()
+        reporter.listeners += [track, speak, measured]
         reporter.state("starting")
         try:
             Run(folder, attempt, reporter, control, track=track).go()
@@ -61,9 +63,11 @@ def run(folder: Path) -> int:
             trouble = explained(error)
             if trouble.code == "internal":
                 traceback.print_exc()
+            measured.tell(reporter)
             track.close()
             reporter.state("stopped" if isinstance(trouble, Stopped) else "failed", trouble)
             return _code(trouble)
+        measured.tell(reporter)
         track.close()
         reporter.state("succeeded")
     return SUCCEEDED
@@ -306,7 +310,8 @@ class Run:
         net = model.load(model_folder, self.spec, device)
         trainable = sum(item.numel() for _, item in net.trainable())
         several = f", in {self.seat.world} processes" if self.seat.world > 1 else ""
-        self.reporter.log(f"Training {trainable:,} parameters of {self.spec.model.id} on {device}{several}.")
+        said = f"Training {trainable:,} parameters of {self.spec.model.id} on {device}{several}."
+        self.reporter.emit(Kind.LOG, {"level": "info", "message": said, **ran_on(net.causal, device)})
         return net
 
     def _preflight(self, net: Net, rows: Rows, pad_id: int, ranks: Ranks) -> None:

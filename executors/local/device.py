@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.executors.kernel.stack import processor, stack
 from tunesmith.orchestrator.nouns import Device
 
 SMI_SECONDS = 5.0
@@ -119,6 +120,7 @@ def _cpu(why_not: str | None) -> Device:
         peak_flops=cpu_peak(count, _cpu_flags(), _hertz()),
         bandwidth=min(count * _CORE_BANDWIDTH, _SOCKET_BANDWIDTH),
         why_not=why_not,
+        stack=stack("cpu", processor()),
     )
 
 
@@ -244,6 +246,7 @@ def _cuda(gpu: Gpu, count: int, why_not: str | None) -> Device:
         peak_flops=flops,
         bandwidth=bandwidth,
         why_not=why_not,
+        stack=stack("cuda", gpu.name),
     )
 
 

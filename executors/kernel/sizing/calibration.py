@@ -10,7 +10,7 @@ their mean square, the starting guess counting as some runs. Pure arithmetic: no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tunesmith.orchestrator.nouns import Estimate, Past, TimeEstimate
@@ -141,11 +141,24 @@ def corrections(past: Sequence[Past], *, method: str, family: str, kind: str) ->
     )
 
 
+def parted(parts: Mapping[str, int], total: float) -> dict[str, int]:
+    """Parts that add up to the corrected `total`: what is beside the counted bytes (overhead) takes the difference.
+
+    Where that is not enough to take it from, all other parts shrink alike.
+    """
+    counted = sum(size for name, size in parts.items() if name != "overhead")
+    if total >= counted:
+        return {**parts, "overhead": round(total) - counted}
+    return {name: 0 if name == "overhead" else round(size * total / counted) for name, size in parts.items()}
+
+
 def learn(belief: Belief, ratios: Sequence[float], least: Sequence[float] = ()) -> Correction:
     """The correction by logarithms of measured over foretold; `least` are those of which only a lower bound is known.
 
     A bound below what the other runs say anyway counts as no run.
     """
+    if not ratios and not least:
+        return Correction(belief)
     at = _location(belief, ratios, least)
     bound = [value for value in least if value > at]
     residuals = [min(abs(value - at), 3 * belief.scatter) for value in (*ratios, *bound)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tunesmith.executors.kernel.catalogue import ModelFacts
 from tunesmith.executors.kernel.sizing import defaults, size, time
+from tunesmith.executors.kernel.sizing.calibration import Corrections
 from tunesmith.executors.kernel.sizing.rows import THROUGH_TRL, USUAL_SHARE, Rows, processes, shares
 from tunesmith.executors.kernel.sizing.size import Kind, Layout
 from tunesmith.orchestrator.nouns import DataReport, Device, Estimate, JobSpec, TimeEstimate
@@ -32,7 +33,10 @@ class Knobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A spec whose sizes are settled, but for what memory decides. `rank` is that of the adapter, if there is one."""
+    """A spec whose sizes are settled, but for what memory decides. `rank` is that of the adapter, if there is one.
+
+    `known` is what earlier runs on the device say of the formulas.
+    """
 
     spec: JobSpec
     facts: ModelFacts
@@ -43,6 +47,7 @@ class Job:
     effective: int
     rank: int
     targets: tuple[str, ...]
+    known: Corrections
 
     # --- how many share what ---
 
@@ -143,6 +148,7 @@ class Job:
             copied=self.spec.method == "grpo",
             lent=self._lent(),
             beside=self._beside(knobs),
+            known=self.known.memory,
         )
 
     def _lent(self) -> int:
@@ -161,8 +167,11 @@ class Job:
 
     def time(self, knobs: Knobs) -> TimeEstimate | None:
         """How long the whole job takes; None where nothing is known of the device's speed, or of the job's length."""
-        total = self.total
-        return None if total is None else time.estimate(self._work(knobs, total), self.device)
+        if self.total is None:
+            return None
+        work = self._work(knobs, self.total)
+        foretold = time.estimate(work, self.device)
+        return None if foretold is None else self.known.timed(foretold, work.tokens)
 
     def rate(self, knobs: Knobs, device: Device) -> float:
         """Optimizer steps a second, foretold for a device of known speed: to compare knobs and devices by.

@@ -10,7 +10,7 @@ import math
 
 from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
-from tunesmith.executors.kernel.sizing import advice, cards, reasons, size, ways
+from tunesmith.executors.kernel.sizing import advice, calibration, cards, reasons, size, ways
 from tunesmith.executors.kernel.sizing.job import Job
 from tunesmith.executors.kernel.sizing.search import Found, search
 from tunesmith.executors.kernel.sizing.settle import schedule, settle
@@ -53,17 +53,20 @@ def resolve(
     schedule(settings, job.total, foretold)
     chosen = settings.whole()
     findings = [] if found.fits else [ways.does_not_fit(job, found)]
+    if job.known.runs:
+        findings.append(Finding(level="info", code="size.calibrated", message=job.known.said()))
     findings += advice.notes(spec, chosen, facts, report, device, timed=foretold is not None)
     return chosen, _size(job, found), foretold, settings.in_order(), findings
 
 
 def _size(job: Job, found: Found) -> Size:
     knobs, layout = found.best.knobs, found.best.layout
+    peak, parts = size.peak(layout), size.parts(layout)
     return Size(
         params=job.facts.params,
         trainable=size.trainable(layout.facts, layout.kind, layout.rank, layout.targets),
-        peak_bytes=size.peak(layout),
-        parts=size.parts(layout),
+        peak_bytes=peak,
+        parts=parts if peak.source == "formula" else calibration.parted(parts, peak.expected),
         device_bytes=job.budget,
         fits=found.fits,
         micro_batch=knobs.rows,

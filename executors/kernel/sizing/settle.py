@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunesmith.executors.kernel.catalogue import ModelFacts
-from tunesmith.executors.kernel.sizing import defaults
+from tunesmith.executors.kernel.sizing import calibration, defaults
 from tunesmith.executors.kernel.sizing.job import Job
 from tunesmith.executors.kernel.sizing.rows import written
 from tunesmith.executors.kernel.sizing.search import Found, search
@@ -69,6 +69,7 @@ def settle(
         effective=int(effective),
         rank=int(rank),
         targets=tuple(targets),
+        known=calibration.corrections(device.past, method=spec.method, family=facts.model_type, kind=device.kind),
     )
     return job, made
 

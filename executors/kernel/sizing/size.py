@@ -13,6 +13,7 @@ from math import ceil
 from typing import Literal
 
 from tunesmith.executors.kernel.catalogue import ModelFacts
+from tunesmith.executors.kernel.sizing.calibration import Correction
 from tunesmith.orchestrator.nouns import Estimate
 
 GIB = 2**30
@@ -51,6 +52,7 @@ class Layout:
     copied: bool = False  # whether what writes has a copy of the adapted layers, the adapter merged in
     lent: int = 0  # bytes of the device that another library writes answers with
     beside: int = 0  # bytes of another model: a teacher, or a reference that cannot be had by switching an adapter off
+    known: Correction | None = None  # what earlier runs on the device say of these forms
 
     def but(self, **changes: object) -> Layout:
         """The same with some things changed."""
@@ -205,7 +207,8 @@ def peak(layout: Layout) -> Estimate:
     expected = sum(sizes.values())
     fixed = sizes["weights"] + sizes["adapter"] + sizes["optimizer"] + layout.beside
     moving = expected - fixed
-    return Estimate(low=fixed + 0.7 * moving, expected=expected, high=fixed + ceil(1.2 * moving), unit="bytes")
+    formula = Estimate(low=fixed + 0.7 * moving, expected=expected, high=fixed + ceil(1.2 * moving), unit="bytes")
+    return formula if layout.known is None else layout.known.apply(formula)
 
 
 def fits(layout: Layout, budget: float) -> bool:
