@@ -179,7 +179,7 @@ def _halved(job: Job, key: str, value: int, least: int) -> tuple[int, Found] | N
 def _length(job: Job) -> Largest:
     """The longest sequences that fit; where the model writes them, the longest answers."""
     written = job.made(False).written
-    key, most, what = "train.max_length", job.length, "the largest that fits; longer rows are left out"
+    key, most, what = "train.max_length", job.length, "the largest that fits, longer rows are left out"
     if written:
         section = "distill" if job.spec.method == "distill" else "grpo"
         key, most, what = f"{section}.max_completion", written, "the largest that fits"
