@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tunesmith.executors.kernel.sizing.job import Job
 from tunesmith.executors.kernel.sizing.search import Found
 from tunesmith.executors.kernel.sizing.settle import again
-from tunesmith.orchestrator.nouns import Device, Elsewhere, JobSpec
+from tunesmith.orchestrator.nouns import Device, Elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +88,16 @@ def smallest(job: Job) -> tuple[Card, Found] | None:
     """The smallest card on which a job fits, the fastest of that size; None where none is large enough."""
     for size in sorted({card.gb for card in CARDS}):
         for card in reversed([one for one in CARDS if one.gb == size]):
-            _, found = on(job, card)
+            found = on(job, card)
             if found.fits:
                 return card, found
     return None
 
 
-def on(job: Job, card: Card) -> tuple[Job, Found]:
-    """The job on a card, without a cap on its memory: the cap stands for a card, or for the owner of this one."""
-    device = card.device(backend="elsewhere")
-    return again(job, spec=_uncapped(job.spec), device=device)
-
-
-def _uncapped(spec: JobSpec) -> JobSpec:
-    return replace(spec, limits=replace(spec.limits, memory_gb=None))
+def on(job: Job, card: Card) -> Found:
+    """The job on a card, without a cap on its memory: that was for the device which the job is on."""
+    spec = replace(job.spec, limits=replace(job.spec.limits, memory_gb=None))
+    return again(job, spec=spec, device=card.device("elsewhere"))[1]
 
 
 def around(job: Job, found: Found) -> tuple[Elsewhere, ...]:
@@ -122,7 +118,7 @@ def _next_to(memory: int) -> Iterator[Card]:
 
 
 def _elsewhere(job: Job, found: Found, card: Card) -> Elsewhere:
-    _, there = on(job, card)
+    there = on(job, card)
     known = found.fits and there.fits and job.device.peak_flops
     return Elsewhere(
         hardware=card.name,

@@ -165,7 +165,7 @@ class Job:
 
     # --- time ---
 
-    def time(self, knobs: Knobs) -> TimeEstimate | None:
+    def duration(self, knobs: Knobs) -> TimeEstimate | None:
         """How long the whole job takes; None where nothing is known of the device's speed, or of the job's length."""
         if self.total is None:
             return None

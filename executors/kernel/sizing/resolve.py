@@ -49,7 +49,7 @@ def resolve(
     rows = found.best.knobs.rows
     if settings.values["train.micro_batch"] != rows:
         settings.told.append(Resolved(key="train.micro_batch", value=rows, why=reasons.at_once(job, found)))
-    foretold = job.time(found.best.knobs)
+    foretold = job.duration(found.best.knobs)
     schedule(settings, job.total, foretold)
     chosen = settings.whole()
     findings = [] if found.fits else [ways.does_not_fit(job, found)]

@@ -73,7 +73,8 @@ def _takes(found: Found) -> str:
 
 def _free(spec: JobSpec, names: tuple[str, ...]) -> JobSpec:
     """The spec with these of its `train` left to the search."""
-    return replace(spec, train=replace(spec.train, **dict.fromkeys(names, "auto")))
+    free: dict[str, Any] = dict.fromkeys(names, "auto")
+    return replace(spec, train=replace(spec.train, **free))
 
 
 def _same_result(job: Job) -> str | None:
