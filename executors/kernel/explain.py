@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.executors.kernel import checkpoint
+from tunesmith.executors.kernel.shortage import Shortage
 from tunesmith.orchestrator.errors import JobFailed, Stopped, StorageError, TunesmithError
 
 
@@ -15,20 +16,9 @@ def explained(error: BaseException) -> TunesmithError:
     if isinstance(error, KeyboardInterrupt):
         return stopped("by an interrupt")
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError":
-        return JobFailed(
-            "The GPU ran out of memory.",
-            code="oom.cuda",
-            why=text.split(". ")[0][:300],
-            fix="Lower train.micro_batch or train.max_length, or set train.activation_checkpointing to true.",
-        )
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
-        return JobFailed(
-            "The machine ran out of memory.",
-            code="oom.host",
-            why=text[:300],
-            fix="Lower train.micro_batch or train.max_length, or choose a smaller model.",
-        )
+    shortage = Shortage.of(error)
+    if shortage is not None:
+        return shortage.ends(["a lower train.micro_batch or train.max_length", "a smaller model"])
     if isinstance(error, OSError):
         try:
             with checkpoint.storage_errors(Path(error.filename or "results")):

@@ -146,14 +146,17 @@ class Run:
             self._pause()
             ranks = self.crew.join(net.device, self._pause)
             engine: Engine | TrlEngine
+            own: Engine | None = None
             if self.spec.method in OWN:
                 self._preflight(net, rows, _pad_id(tokenizer), ranks)
-                engine = self._engine(net, rows, tokenizer, model_folder, scorer, ranks)
+                engine = own = self._engine(net, rows, tokenizer, model_folder, scorer, ranks)
             else:
                 engine = self._trl_engine(net, rows, tokenizer, scorer)
             self._resume(engine, ranks)
-            if self.spec.method in OWN and net.device.type == "cuda":
-                self._compile(net, rows, engine.total - engine.cursor.step, _pad_id(tokenizer))
+            if own is not None and own.cursor.step < own.total:
+                self._try_step(own)
+                if net.device.type == "cuda":
+                    self._compile(own, rows, _pad_id(tokenizer))
             self.reporter.state("running")
             outcome = engine.run()
             if self.seat.rank or outcome.ended != "stopped":  # after a stop nobody waits for the others
@@ -327,12 +330,23 @@ class Run:
             self.reporter.log(f"Self-test: packed and single rows agree (difference {verdict.packing:.1e}).")
         self.reporter.progress("preflight", 1, 1, unit="checks")
 
-    def _compile(self, net: Net, rows: Rows, steps: int, pad_id: int) -> None:
+    def _try_step(self, engine: Engine) -> None:
+        """The largest step there can be, before anything is spent."""
+        from tunesmith.executors.kernel.preflight import Preflight
+
+        self.reporter.progress("preflight", 0, 1, unit="steps")
+        about = {"job": self.attempt.job, "spec": self.facts["spec_hash"]}
+        cache = home_of(self.folder) / "cache" / "preflight"
+        Preflight(engine, cache, about, reporter=self.reporter, pause=self._pause).run()
+        self.reporter.progress("preflight", 1, 1, unit="steps")
+
+    def _compile(self, engine: Engine, rows: Rows, pad_id: int) -> None:
         from tunesmith.executors.kernel.loops import batches, compiled, methods
 
-        probes, micro = methods.probes(self.spec, rows.train), int(self.spec.train.micro_batch)
-        budget = micro * int(self.spec.train.max_length)
-        batch = (batches.packed(probes, budget) if net.packed else batches.padded(probes, micro, pad_id))[0]
+        net, steps = engine.net, engine.total - engine.cursor.step
+        probes, room = methods.probes(self.spec, rows.train), engine.method.room
+        budget = min(room.tokens, int(self.spec.train.micro_batch) * int(self.spec.train.max_length))
+        batch = (batches.packed(probes, budget) if net.packed else batches.padded(probes, room.rows, pad_id))[0]
 
         def told(why: str) -> None:
             self.reporter.log(f"Layers are no longer compiled: {why}.", "warning")

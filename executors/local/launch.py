@@ -31,11 +31,14 @@ _HUB = frozenset({"HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"})
 def environment(home: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     """What a kernel sees: the daemon's environment less its secrets, with the home and quiet libraries.
 
+    A GPU's memory is taken in segments that can grow, so that less of it lies in pieces, unless the user says how.
     The Hub's token stays (HF_TOKEN and its kin); thread settings (OMP_NUM_THREADS...) and proxies are untouched.
     Output is unbuffered, so that the last line before a crash is in the log.
     """
     kept = {name: value for name, value in inherited.items() if name in _HUB or not _SECRET.search(name)}
     kept.pop("TUNESMITH_ATTEMPT", None)  # of an attempt that the daemon itself was started from
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & kept.keys():  # read once, when a GPU is first used
+        kept["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return {
         **kept,
         "TUNESMITH_HOME": str(home),

@@ -147,7 +147,7 @@ def supervised(row: Row) -> list[int]:
 
 def fed(row: Row) -> int:
     """How many tokens of a row go through the model: those behind its last prediction change nothing."""
-    return max([1, *supervised(row)[-1:]])
+    return next((place for place in range(len(row.labels) - 1, 1, -1) if row.labels[place] != IGNORED), 1)
 
 
 def padded(rows: Sequence[Row], micro_batch: int, pad_id: int) -> list[Batch]:

@@ -20,7 +20,10 @@ _LEDGER = "ledger.json"
 
 @dataclass(slots=True)
 class Cursor:
-    """Progress of a run. `ledger` lists the row numbers of every optimizer step from the first one on."""
+    """Progress of a run. `ledger` lists the row numbers of every optimizer step from the first one on.
+
+    `eased` is what was given up for want of memory, as ladder.py writes it.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -29,6 +32,7 @@ class Cursor:
     best_step: int = 0
     stale_evals: int = 0
     ledger: list[list[int]] = field(default_factory=list)
+    eased: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -69,6 +73,7 @@ def save(
         "best_loss": cursor.best_loss,
         "best_step": cursor.best_step,
         "stale_evals": cursor.stale_evals,
+        "eased": cursor.eased,
         "optimizer_scalars": scalars,
         "scaler": dict(scaler),
     }
@@ -120,6 +125,7 @@ def load(
         best_step=doc["best_step"],
         stale_evals=doc["stale_evals"],
         ledger=steps,
+        eased=dict(doc.get("eased", {})),
     )
     return cursor, dict(doc["scaler"])
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from tunesmith.executors.kernel.loops.batches import Batch
 from tunesmith.executors.kernel.loops.forks import Tree, forked, spread
-from tunesmith.executors.kernel.loops.method import Plain, Turn, evaluating
+from tunesmith.executors.kernel.loops.method import Meter, Plain, Turn, evaluating
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.preference import LOSSES, Pairs
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 from tunesmith.executors.kernel.loops.reference import Reference
+from tunesmith.executors.kernel.loops.room import Room, fullest
 from tunesmith.orchestrator.errors import InputError
 from tunesmith.orchestrator.nouns import DpoSpec
 
@@ -69,10 +72,29 @@ class Dpo(Plain):
         """Pairs with their prompt computed once where that was proven exact on this model, else padded."""
         trees = [self.rows[index] for index in picked]
         if self.packing and self.net.forked:
-            found = forked(trees, 2 * self.micro_batch * self.max_length)
+            found = forked(trees, self.room.tokens)
         else:
-            found = spread(trees, self.micro_batch, self.pad_id)
+            found = spread(trees, self.room.rows, self.pad_id)
         return [self._weighed(batch, picked) for batch in found]
+
+    @property
+    def room(self) -> Room:
+        """As many pairs as a micro-batch has, or their tokens where both sides are as long as they may be."""
+        return Room(self.micro_batch, 2 * self.micro_batch * self.max_length).within(self.limit)
+
+    def rehearsal(self, most: int) -> tuple[Self, Batch]:
+        """The longest pairs, or those that fill the room best; where the reference is asked meanwhile, it is here."""
+        packing = self.packing and self.net.forked
+        if packing:
+            lengths = [tree.fed for tree in self.rows]
+        else:
+            lengths = [len(tree.prompt) + max(map(len, tree.answers)) for tree in self.rows]
+        stand_in = copy.copy(self)
+        stand_in.meter = Meter(*_NAMES)
+        if self.net.adapted:  # else it was asked before, and will not be again
+            stand_in.reference = Reference(None, len(self.rows), 2)
+        batches = self.batches(fullest(lengths, self.room, most, packed=packing), Turn(0, 0))
+        return stand_in, max(batches, key=lambda batch: batch.ids.numel())
 
     def _weighed(self, batch: Batch, picked: Sequence[int]) -> Batch:
         members = tuple((picked[at], side) for at, side in batch.members)

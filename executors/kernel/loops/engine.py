@@ -25,12 +25,14 @@ from tunesmith.executors.kernel.loops import cursor as cursors
 from tunesmith.executors.kernel.loops import optimizer as optimizers
 from tunesmith.executors.kernel.loops.ahead import Ahead
 from tunesmith.executors.kernel.loops.batches import Batch, Sampler
+from tunesmith.executors.kernel.loops.ladder import Ladder
 from tunesmith.executors.kernel.loops.method import Interrupted, Method, Turn
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.pace import Pace
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 from tunesmith.executors.kernel.loops.schedule import factor
 from tunesmith.executors.kernel.reporter import Reporter
+from tunesmith.executors.kernel.shortage import Shortage
 from tunesmith.orchestrator.errors import InputError, JobFailed, StorageError
 from tunesmith.orchestrator.events import Kind
 from tunesmith.orchestrator.nouns import TrainSpec
@@ -106,6 +108,7 @@ class Engine:
         self.scaler = torch.amp.GradScaler(net.device.type, enabled=half)
         self.scaler.scale(torch.zeros((), device=net.device))  # made here, since a rank may find nothing to do at first
         self.cursor = cursors.Cursor()
+        self.ladder = Ladder(net, method, train, reporter, evaluation=self.evaluation, world=ranks.world)
         self.task = {
             "rows": len(method.rows),
             "effective_batch": int(train.effective_batch),
@@ -119,6 +122,7 @@ class Engine:
         }
         foreseen = method.foreseen and net.device.type == "cuda"
         self._ahead = Ahead(self._batches, pin=True) if foreseen else None
+        self._passing: Batch | None = None
         self._waiting: deque[_Taken] = deque()
         self._skipped = 0
         self._pace = Pace()
@@ -136,6 +140,7 @@ class Engine:
         self.net.load(folder)
         self.method.load(folder, self.cursor.step)
         self.method.updated()
+        self.ladder.resume(self.cursor.eased)
         if scaler:
             self.scaler.load_state_dict(scaler)
         if folder.parent == self.checkpoints:
@@ -226,6 +231,8 @@ class Engine:
             return
         self.reporter.progress("saving", 0, 1, unit="checkpoints", step=step)
 
+        self.cursor.eased = self.ladder.doc()
+
         def fill(folder: Path) -> None:
             self.net.save(folder)
             self.method.save(folder, step)
@@ -261,19 +268,10 @@ class Engine:
         return [self.method.rows[at].row for at in picked]
 
     def _step(self) -> None:
-        index, device = self.cursor.step, self.net.device
-        batches = self._batches(index) if self._ahead is None else self._ahead.take(index)
-        units = max(1, sum(batch.weight for batch in batches))
-        tokens = sum(batch.tokens for batch in batches)
-        total = torch.zeros((), device=device)
-        for batch in self.ranks.share(batches):
-            if batch.weight:
-                self._seed(index, batch)
-                loss = self.method.loss(batch.to(device)) / units
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-        meter = self.method.meter.drain(device)
-        self._sum_gradients(total, meter)
+        index = self.cursor.step
+        while (passed := self._attempted(index)) is None:
+            self._pause()
+        total, meter, tokens = passed
         rate = float(self.train.learning_rate) * factor(self.train.scheduler, index, self.total, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -294,6 +292,48 @@ class Engine:
             arrived.record()
         self._waiting.append(_Taken(self.cursor.step, figures, arrived, rate, tokens, self.cursor.tokens))
         self._settle(0 if arrived is None else 1)
+
+    def _attempted(self, step: int) -> tuple[Tensor, Tensor, int] | None:
+        """Gradients of a step with its loss, meter and tokens; None where memory ran out, and less was taken up."""
+        mark, making = self.method.meter.mark(), True
+        try:
+            batches = self._batches(step) if self._ahead is None else self._ahead.take(step)
+            mark, making = self.method.meter.mark(), False
+            return self._passed(step, batches)
+        except Exception as error:
+            shortage = Shortage.of(error)
+            if shortage is None:
+                raise
+        # from here on nothing holds what was computed: the error is gone, and with it the frames it came through
+        batch, self._passing = self._passing, None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.meter.back(mark)
+        if making and self.method.slots:
+            self.ladder.write_less(shortage, step + 1)
+        else:
+            self.ladder.climb(shortage, batch, step + 1)
+        self._saved_step = -1  # a checkpoint of this step knows nothing of it
+        return None
+
+    def _passed(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, int]:
+        device = self.net.device
+        units = max(1, sum(batch.weight for batch in batches))
+        total = torch.zeros((), device=device)
+        for batch in self.ranks.share(batches):
+            if batch.weight:
+                self._passing = batch
+                self._seed(step, batch)
+                loss = self.method.loss(batch.to(device)) / units
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        self._passing = None
+        meter = self.method.meter.drain(device)
+        self._sum_gradients(total, meter)
+        return total, meter, sum(batch.tokens for batch in batches)
+
+    def _pause(self) -> None:
+        if self.control.stop():
+            raise Interrupted
 
     def _sum_gradients(self, total: Tensor, meter: Tensor) -> None:
         """Add up what the ranks found. A weight that no row of the step touched has the gradient zero."""
@@ -368,18 +408,8 @@ class Engine:
             return
         self._settle(0)
         began = time.perf_counter()
-        total, units = torch.zeros(2, dtype=torch.float64, device=self.net.device), 0
-        self.net.outer.eval()
-        try:
-            with torch.no_grad():
-                for sums, count in self._assessed(evaluation, step):
-                    if self.control.stop():
-                        raise Interrupted
-                    total[0] += sums
-                    units += count
-        finally:
-            self.net.outer.train()
-        total[1] = units
+        while (total := self._summed(evaluation, step)) is None:
+            self._pause()
         meter = evaluation.meter.drain(self.net.device)
         self.ranks.sum_([total, meter])
         evaluation.assessed(step)
@@ -400,8 +430,32 @@ class Engine:
         if step > 0:
             self._judge(-value if evaluation.higher else value)
 
-    def _assessed(self, evaluation: Method, step: int) -> Iterator[tuple[Tensor | float, int]]:
-        size, rows = max(int(self.train.effective_batch), evaluation.at_once), len(evaluation.rows)
+    def _summed(self, evaluation: Method, step: int) -> Tensor | None:
+        """The measure's sum and units; None where memory ran out, and fewer rows will be evaluated at a time."""
+        total, units = torch.zeros(2, dtype=torch.float64, device=self.net.device), 0
+        size = self.ladder.together or max(int(self.train.effective_batch), evaluation.at_once)
+        self.net.outer.eval()
+        try:
+            with torch.no_grad():
+                for sums, count in self._assessed(evaluation, step, size):
+                    self._pause()
+                    total[0] += sums
+                    units += count
+            total[1] = units
+            return total
+        except Exception as error:
+            shortage = Shortage.of(error)
+            if shortage is None:
+                raise
+        finally:
+            self.net.outer.train()
+        evaluation.forget()
+        self.ladder.assess_less(shortage, min(size, len(evaluation.rows)), step)
+        self._saved_step = -1
+        return None
+
+    def _assessed(self, evaluation: Method, step: int, size: int) -> Iterator[tuple[Tensor | float, int]]:
+        rows = len(evaluation.rows)
         for start in range(0, rows, size):
             self.reporter.progress("evaluating", start, rows, unit="rows", step=step)
             chosen = range(start, min(start + size, rows))

@@ -7,12 +7,13 @@ whose advantage is zero teach nothing and are left out of the pass; the loss is 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from tunesmith.executors.kernel.loops.method import Interrupted, Meter, Turn, ev
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
 from tunesmith.executors.kernel.loops.rollout import Ask, Rollout, Sample
+from tunesmith.executors.kernel.loops.room import Room, fullest
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.orchestrator.events import Kind
 from tunesmith.orchestrator.nouns import Finding, GrpoSpec
@@ -160,8 +162,9 @@ class Grpo:
         self.judge = judge
         self.reporter = reporter
         self.seed = seed
-        self.budget = micro_batch * (max_length + (spec.num_generations - 1) * spec.max_completion)
         self.micro_batch = micro_batch
+        self.max_length = max_length
+        self.limit: Room | None = None
         self.packing = packing
         self.pad_id = pad_id
         self.frozen = frozen
@@ -225,6 +228,47 @@ class Grpo:
                 for name, parts in told.items()
             }
             self.reporter.metric(means, step)
+
+    @property
+    def room(self) -> Room:
+        """As many prompts as a micro-batch has, or their tokens where prompt and answers are as long as they may be."""
+        each = self.max_length + (self.spec.num_generations - 1) * self.spec.max_completion
+        return Room(self.micro_batch, self.micro_batch * each).within(self.limit)
+
+    @property
+    def breadth(self) -> int:
+        """Rows whose answers are written at a time."""
+        return self.at_once
+
+    def forget(self) -> None:
+        """Empty the meter, and drop what functions have logged in an evaluation."""
+        self.meter.drain(self.net.device)
+        self._logged = {}
+
+    @property
+    def slots(self) -> int:
+        """Answers written at a time; vLLM sees to its own."""
+        return 0 if self.rollout.way == "vllm" else self.rollout.slots
+
+    def narrow(self, slots: int) -> None:
+        """Write only so many answers at a time."""
+        self.rollout.narrow(slots)
+
+    def rehearsal(self, most: int) -> tuple[Self, Batch]:
+        """Made-up answers, as long as they may be, to the longest prompts, beside what the rollout keeps meanwhile."""
+        lengths = [len(row.ids) for row in self.rows]
+        self.rollout.hold(max(lengths))
+        packing = self.packing and self.net.forked
+        written, count = self.spec.max_completion, self.spec.num_generations
+        fed = [length + (count * (written - 1) if packing else written) for length in lengths]
+        stand_in = copy.copy(self)
+        stand_in.meter = Meter(*self.meter.names)
+        stand_in._stale_told = True
+        stand_in._groups = [
+            Group(at, tuple(_made_up(self.rows[at].ids[-1], written, number) for number in range(count)))
+            for at in fullest(fed, self.room, most, packed=packing)
+        ]
+        return stand_in, max(stand_in._laid_out(), key=lambda batch: batch.ids.numel())
 
     def updated(self) -> None:
         """Bring the rollout's weights up to date, and let every rank know what the others found in the first pass."""
@@ -344,9 +388,9 @@ class Grpo:
             for at in taught
         ]
         if self.packing and self.net.forked:
-            found = forked(trees, self.budget)
+            found = forked(trees, self.room.tokens)
         else:
-            found = spread(trees, self.micro_batch, self.pad_id)
+            found = spread(trees, self.room.rows, self.pad_id)
         batches = []
         for batch in found:
             members = tuple((taught[tree], kept[taught[tree]][n]) for tree, n in batch.members)
@@ -406,3 +450,8 @@ class Grpo:
                 "grpo.rollout_gap",
                 f"Answers are written with other probabilities than they are trained with: {gap:.2g} nats a token.",
             )
+
+
+def _made_up(token: int, length: int, number: int) -> Written:
+    """An answer that teaches something."""
+    return Written([token] * length, True, 1.0 if number % 2 else -1.0, torch.zeros(length))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from tunesmith.executors.kernel.loops.batches import Batch
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
+from tunesmith.executors.kernel.loops.room import Room
 
 
 class Numbered(Protocol):
@@ -55,6 +56,14 @@ class Meter:
         pair = torch.stack([_double(item, device) for item in (total, count)])
         self._sums[name] = self._sums[name] + pair.detach() if name in self._sums else pair.detach()
 
+    def mark(self) -> Mapping[str, Tensor]:
+        """What has been gathered so far, to come back to."""
+        return dict(self._sums)
+
+    def back(self, mark: Mapping[str, Tensor]) -> None:
+        """Forget what was gathered since a mark."""
+        self._sums = dict(mark)
+
     def drain(self, device: torch.device) -> Tensor:
         """(sum, count) of each mean gathered since the last call, float64 [names, 2]."""
         nothing = torch.zeros(2, dtype=torch.float64, device=device)
@@ -92,6 +101,9 @@ class Method(Protocol):
     repeats   optimizer steps taken on the same rows before others are picked
     foreseen  whether the batches follow from the rows alone, so that they can be made a step ahead
     at_once   rows that are best evaluated together, where an optimizer step has fewer
+    room      what a micro-batch holds; never more than `limit`, which is set where memory has run out
+    breadth   rows that may go through the model together in an evaluation
+    slots     answers that are written at a time, as far as that is ours to say; 0 where none are
     measure   what an evaluation's number is called; `higher` says whether more of it is better
     `loss` is a sum over `batch.weight` units (supervised tokens, preference pairs...); the engine divides by the units
     of the whole optimizer step, so that no layout changes the gradient.
@@ -105,6 +117,16 @@ class Method(Protocol):
     def foreseen(self) -> bool: ...
     @property
     def at_once(self) -> int: ...
+    @property
+    def room(self) -> Room: ...
+    @property
+    def limit(self) -> Room | None: ...
+    @limit.setter
+    def limit(self, room: Room | None) -> None: ...
+    @property
+    def breadth(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
     @property
     def measure(self) -> str: ...
     @property
@@ -127,6 +149,16 @@ class Method(Protocol):
     def assessed(self, step: int) -> None:
         """All rows have been through `assess`: what it has gathered beside the measure can be told. Every rank does."""
 
+    def forget(self) -> None:
+        """Drop what an evaluation has gathered so far: it begins anew."""
+
+    def narrow(self, slots: int) -> None:
+        """Write only so many answers at a time."""
+
+    def rehearsal(self, most: int) -> tuple[Self, Batch]:
+        """The largest micro-batch that a step of `most` rows may meet, and a method to use up on it: this one stays."""
+        ...
+
     def updated(self) -> None:
         """The weights have changed."""
 
@@ -143,6 +175,7 @@ class Plain(ABC):
     repeats = 1
     foreseen = True
     at_once = 1
+    slots = 0
     measure = "loss"
     higher = False
 
@@ -151,6 +184,17 @@ class Plain(ABC):
         self.rows = rows
         self.ranks = ranks
         self.meter = Meter(*names)
+        self.limit: Room | None = None
+
+    @property
+    @abstractmethod
+    def room(self) -> Room:
+        """What a micro-batch holds."""
+
+    @property
+    def breadth(self) -> int:
+        """Rows of a micro-batch."""
+        return self.room.rows
 
     @abstractmethod
     def batches(self, picked: Sequence[int], turn: Turn) -> list[Batch]:
@@ -169,6 +213,18 @@ class Plain(ABC):
     def assessed(self, step: int) -> None:
         """There is nothing beside the measure."""
         return
+
+    def forget(self) -> None:
+        """Empty the meter."""
+        self.meter.drain(self.net.device)
+
+    def narrow(self, slots: int) -> None:
+        """Nothing is written."""
+        return
+
+    @abstractmethod
+    def rehearsal(self, most: int) -> tuple[Self, Batch]:
+        """The largest micro-batch of a step of `most` rows, and a method to use up on it."""
 
     def updated(self) -> None:
         """Nothing here depends on the weights."""

@@ -25,6 +25,7 @@ class Net:
     outer   what is saved: the PeftModel, or the model itself
     causal  the ...ForCausalLM with its head, adapters inside
     An adapter trains in float32 on a frozen base of the asked type. Full weights train in float32 under autocast.
+    `checkpointed` says whether activations are computed twice instead of being kept.
     `packed`, `forked` and `chunked` say whether batches may be packed, whether prompts may be shared, and whether the
     head is scored in chunks; the self-test in `selftest.py` takes them back where the model computes something else.
     """
@@ -36,10 +37,20 @@ class Net:
         self.device = device
         self.autocast = autocast
         self.head: Any = self.causal.get_output_embeddings()
+        self.checkpointed = False
         self.packed = True
         self.forked = True
         self.chunked = loss.plain_head(self.head)
         self._usual_attention = self.causal.config._attn_implementation
+
+    def checkpoint(self) -> None:
+        """Keep each layer's input only, and compute the rest again in the backward pass. ValueError where it cannot."""
+        how = {"use_reentrant": False}
+        if hasattr(self.causal, "activation_checkpointing_enable"):
+            self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        else:  # transformers before 5.20
+            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        self.checkpointed = True
 
     @property
     def exact(self) -> bool:
@@ -236,14 +247,11 @@ def ready(model: Any, spec: JobSpec, device: torch.device) -> Net:
         outer = adapter.attach(model, spec.adapter, train.seed, base_id, scores=scores)
         fused = adapter.fuse(outer) > 0
     outer.to(device)
-    if train.activation_checkpointing is True:
-        how = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-        else:  # transformers before 5.20
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     outer.train()
-    return Net(outer, adapted=not full, device=device, autocast=None if fused and not scores else half)
+    net = Net(outer, adapted=not full, device=device, autocast=None if fused and not scores else half)
+    if train.activation_checkpointing is True:
+        net.checkpoint()
+    return net
 
 
 def _without_dropout(model: nn.Module) -> None:

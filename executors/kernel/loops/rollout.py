@@ -91,6 +91,16 @@ class Rollout:
             held.refresh()
         return self._write(asks, None if greedy else key, self.stops, self.max_completion, told, stopped)
 
+    def narrow(self, slots: int) -> None:
+        """Write only so many samples at a time from now on."""
+        self.slots = slots
+        self._paged = None
+
+    def hold(self, longest: int) -> None:
+        """Take the memory that is kept between calls, pages if any, for prompts of up to so many tokens."""
+        if self.way in ("graphs", "pages"):
+            self._decoder(longest, self.stops, self.max_completion)
+
     @torch.inference_mode()
     def _write(
         self,

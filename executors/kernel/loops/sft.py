@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 from torch import Tensor
 
-from tunesmith.executors.kernel.loops.batches import Batch, Row, packed, padded
+from tunesmith.executors.kernel.loops.batches import Batch, Row, fed, packed, padded
 from tunesmith.executors.kernel.loops.method import Plain, Turn
 from tunesmith.executors.kernel.loops.model import Net
 from tunesmith.executors.kernel.loops.ranks import ALONE, Ranks
+from tunesmith.executors.kernel.loops.room import Room, fullest
 
 
 class Sft(Plain):
@@ -41,8 +43,19 @@ class Sft(Plain):
         """Packed where asked and proven exact on this model, else padded."""
         chosen = [self.rows[index] for index in picked]
         if self.packing and self.net.packed:
-            return packed(chosen, self.micro_batch * self.max_length)
-        return padded(chosen, self.micro_batch, self.pad_id)
+            return packed(chosen, self.room.tokens)
+        return padded(chosen, self.room.rows, self.pad_id)
+
+    @property
+    def room(self) -> Room:
+        """As many rows as a micro-batch has, or their tokens where each is as long as it may be."""
+        return Room(self.micro_batch, self.micro_batch * self.max_length).within(self.limit)
+
+    def rehearsal(self, most: int) -> tuple[Self, Batch]:
+        """The longest rows, or those that fill the room best. Reads every row once, about 10 us each."""
+        packing = self.packing and self.net.packed
+        chosen = fullest([fed(row) for row in self.rows], self.room, most, packed=packing)
+        return self, max(self.batches(chosen, Turn(0, 0)), key=lambda batch: batch.ids.numel())
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed cross-entropy over the supervised tokens."""

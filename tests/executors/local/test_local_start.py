@@ -279,4 +279,12 @@ def test_environment_is_a_pure_function():
         "KEYBOARD",
         "PYTHONUNBUFFERED",
         "PYTHONFAULTHANDLER",
+        "PYTORCH_CUDA_ALLOC_CONF",
     }
+
+
+def test_the_users_own_wish_for_a_gpus_memory_goes_first():
+    assert environment(Path("/home"), {})["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        found = environment(Path("/home"), {name: "backend:native"})
+        assert {key: value for key, value in found.items() if "ALLOC_CONF" in key} == {name: "backend:native"}

@@ -211,3 +211,34 @@ def with_train():
         return replace(spec, train=replace(spec.train, **train))
 
     return change
+
+
+class Thirst:
+    """A real shortage of memory on a machine that has enough: the model refuses what needs more than `limit`.
+
+    What is raised is torch's own error, from inside the forward pass, as an allocator raises it. A batch of ids [B, T]
+    needs its places, half as many where activations are computed twice; only passes of training are looked at, or
+    only those without gradients. `once`: only the first is refused. `refused` lists what was.
+    """
+
+    def __init__(self, net, limit: float, *, training: bool = True, once: bool = False) -> None:
+        self.net = net
+        self.limit = limit
+        self.training = training
+        self.once = once
+        self.refused: list[float] = []
+        net.causal.get_input_embeddings().register_forward_pre_hook(self._look)
+
+    def _look(self, module, args) -> None:
+        if torch.is_grad_enabled() != self.training:
+            return
+        need = args[0].numel() / (2 if self.net.checkpointed else 1)
+        if need > self.limit and not (self.once and self.refused):
+            self.refused.append(need)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 8 GiB.")
+
+
+@pytest.fixture
+def thirst():
+    """Makes a net thirsty: thirst(net, limit)."""
+    return Thirst
