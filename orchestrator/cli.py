@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tunesmith.orchestrator import cli_home, cli_jobs, cli_run
+from tunesmith.orchestrator import cli_home, cli_jobs, cli_models, cli_run
 from tunesmith.orchestrator.cli_output import draw, emit, fail, json_option, say
 from tunesmith.orchestrator.errors import InputError, TunesmithError
 
@@ -105,6 +105,27 @@ class Parts:
         if model is not None and folder is None:
             doc["problems"].append(no_tokenizer(model))
         return doc
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every model of the catalogue, and whether its weights are on this machine."""
+        from tunesmith.executors.kernel import catalogue, weights
+        from tunesmith.orchestrator.nouns import ModelRef
+
+        cache = self.home().cache
+        return [
+            {
+                "id": facts.id,
+                "aliases": list(facts.aliases),
+                "family": facts.family,
+                "params": facts.params,
+                "active_params": facts.active_params,
+                "context": facts.context,
+                "instruct": facts.instruct,
+                "licence": facts.licence,
+                "at_hand": weights.at_hand(ModelRef(id=facts.id), cache) is not None,
+            }
+            for facts in catalogue.known()
+        ]
 
 
 def unknown_model(name: str, near: Sequence[str]) -> InputError:
@@ -226,9 +247,9 @@ def draw_check(doc: Mapping[str, Any]) -> Any:
 
 
 cli_run.add_to(cli, spec_options)
-for module in (cli_jobs, cli_home):
+for module in (cli_jobs, cli_models, cli_home):
     module.add_to(cli)
-_ORDER = "run plan check jobs show watch logs metrics answer edit approve reject cancel retry ask backends"
+_ORDER = "run plan check jobs show watch logs metrics answer edit approve reject cancel retry ask backends models"
 cli.commands = {name: cli.commands[name] for name in [*_ORDER.split(), "doctor", "schema", "daemon"]}
 
 

@@ -76,6 +76,18 @@ def locate(ref: ModelRef, cache: Path, *, progress: Progress | None = None) -> P
     return from_gguf(packaged, cache, tell)
 
 
+def at_hand(ref: ModelRef, cache: Path) -> Path | None:
+    """Where all weights of a model lie on this machine, converted or packed; None where they must be fetched first."""
+    folder = catalogue.at_hand(ref, cache)
+    if folder is not None and _whole(folder):
+        return folder
+    local = catalogue.local(ref)
+    if local is not None and local.is_file():
+        return local
+    named = catalogue.find(ref.id)
+    return embedded_gguf() if named is not None and named.id == EMBEDDED_ID and ref.revision is None else None
+
+
 def _silent(phase: str, done: int, total: int) -> None:
     """Progress that nobody looks at."""
 

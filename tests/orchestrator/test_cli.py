@@ -95,8 +95,27 @@ def test_alone_it_prints_help(tunesmith: Run) -> None:
     assert "Commands:" in done.stdout
     named = {line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line.strip()}
     jobs = {"jobs", "show", "watch", "logs", "metrics", "answer", "edit", "approve", "reject", "cancel", "retry", "ask"}
-    assert named == {"run", "plan", "check", *jobs, "backends", "doctor", "schema", "daemon"}
+    assert named == {"run", "plan", "check", *jobs, "backends", "models", "doctor", "schema", "daemon"}
     assert tunesmith("--version").stdout.startswith("tunesmith ")
+
+
+def test_models_are_listed(tunesmith: Run) -> None:
+    done = tunesmith("models", "--json")
+    listed = {item["id"]: item for item in document(done)["models"]}
+    assert done.returncode == 0
+    assert listed["Qwen/Qwen3-0.6B"]["params"] == 596_049_920
+    assert listed["Qwen/Qwen3-0.6B"]["context"] > 0
+    assert {type(item["at_hand"]) for item in listed.values()} == {bool}
+    assert "Qwen/Qwen3-0.6B" in tunesmith("models").stdout
+
+
+def test_without_a_run_there_is_nothing_to_compare(tunesmith: Run) -> None:
+    done = tunesmith("models", "--accuracy")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "No run has ended in this home yet." in done.stdout
+    found = document(tunesmith("models", "--accuracy", "--json"))
+    assert found["runs"] == []
+    assert found["memory"]["runs"] == 0
 
 
 BAD_SPECS: list[tuple[Any, str, str, str]] = [

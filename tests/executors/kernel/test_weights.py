@@ -50,6 +50,20 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path):
     assert weights.locate(ModelRef(id=str(folder(tmp_path / "m"))), tmp_path) == tmp_path / "m"
 
 
+def test_at_hand_is_what_has_all_its_weights(tmp_path):
+    whole, half = folder(tmp_path / "m"), folder(tmp_path / "half", files=())
+    assert weights.at_hand(ModelRef(id=str(whole)), tmp_path) == whole
+    assert weights.at_hand(ModelRef(id=str(half)), tmp_path) is None
+    assert weights.at_hand(ModelRef(id="Qwen/Qwen3-0.6B"), tmp_path) is None
+    hub = tmp_path / "hub" / "models--Qwen--Qwen3-0.6B"
+    snapshot = folder(hub / "snapshots" / ("a" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    assert weights.at_hand(ModelRef(id="qwen3-0.6b"), tmp_path) == snapshot
+    packed = weights.at_hand(ModelRef(id="smollm2-135m"), tmp_path)
+    assert packed == weights.embedded_gguf()
+
+
 def test_pickles_are_refused(tmp_path):
     assert refused(str(folder(tmp_path / "m", files=("pytorch_model.bin",))), tmp_path).code == "model.pickle"
 
