@@ -150,7 +150,7 @@ class _Autocast(TorchFunctionMode):
         super().__init__()
         self.dtype: torch.dtype | None = None  # None where it is off
         self.depth = 0
-        self._casts: dict[int, Tensor] = {}
+        self._casts: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
     def __call__(
@@ -186,11 +186,11 @@ class _Autocast(TorchFunctionMode):
     def _lowered(self, item: Any) -> Any:
         if not (isinstance(item, Tensor) and item.is_floating_point() and item.dtype != self.dtype):
             return item
-        if not (item.requires_grad and item.is_leaf and item.dtype == torch.float32):
+        if not (isinstance(item, nn.Parameter) and item.requires_grad and item.dtype == torch.float32):
             return item.to(self.dtype)
-        if id(item) not in self._casts:
-            self._casts[id(item)] = item.to(self.dtype)
-        return self._casts[id(item)]
+        if item not in self._casts:
+            self._casts[item] = item.to(self.dtype)
+        return self._casts[item]
 
 
 def _raised(item: Any) -> Any:
@@ -259,18 +259,23 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """The allocations of one step."""
-        weights = [item for group in self.param_groups for item in group["params"] if item.grad is not None]
-        for item in weights:
-            state = self.state[item]
-            if not state:
-                state["moments"] = [self._moment(item) for _ in range(2)]
+        self.prepare()
         if not self.fused:
             by_type: dict[torch.dtype, list[Tensor]] = {}
-            for item in weights:
+            for item in self._weights():
                 by_type.setdefault(item.dtype, []).append(item)
             for items in by_type.values():
                 roots = [torch.empty_like(item) for item in items]
                 del roots
+
+    def prepare(self) -> None:
+        """Allocate the moments that are missing, as the first step does."""
+        for item in self._weights():
+            if not self.state[item]:
+                self.state[item]["moments"] = [self._moment(item) for _ in range(2)]
+
+    def _weights(self) -> list[Tensor]:
+        return [item for group in self.param_groups for item in group["params"]]
 
     def _moment(self, item: Tensor) -> list[Tensor]:
         if not self.eight_bit or item.numel() < 4096:  # bitsandbytes leaves small ones as they are
