@@ -3,7 +3,7 @@
     python tests/executors/kernel/sizing/golden_plans.py --write
 
 writes golden_plans.json. Whoever runs it reads the difference line by line before it is kept: the test beside this file
-asks for the same decisions, and for peaks that are alike.
+asks for the same decisions, and for figures that are alike.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def decisions(found: Plan) -> dict[str, Any]:
     said: dict[str, Any] = {
         "fits": size.fits,
         "adapter": stage.spec.adapter.kind if size.rank is None else f"{stage.spec.adapter.kind} {size.rank}",
-        "rows": f"{size.micro_batch} x {size.grad_accum} = {train.effective_batch}",
+        "step": train.effective_batch,
         "length": size.max_length,
         "packing": train.packing,
         "checkpointing": size.activation_checkpointing,
@@ -118,16 +118,21 @@ def decisions(found: Plan) -> dict[str, Any]:
 
 
 def _ways(fix: str) -> list[str]:
-    """The ways out without the figures in brackets, and without how many GiB a device would need."""
+    """The ways out, without what a few percent of memory would change: their figures."""
     plain = re.sub(r" \([^()]*\)", "", fix.removeprefix("This would fit: ").rstrip("."))
-    return [way for way in plain.split("; ") if way and not way.startswith("a device with")]
+    ways = [way for way in plain.split("; ") if way and not way.startswith("a device with")]
+    return [re.sub(r"(rank|max_\w+|micro_batch|effective_batch)=\d+", r"\1=N", way) for way in ways]
 
 
-def peak(found: Plan) -> float:
-    """The expected peak in GiB."""
-    size = found.stages[0].size
+def figures(found: Plan) -> dict[str, Any]:
+    """What may move a little with the formulas: rows of a micro-batch, the expected peak, what would fit in full."""
+    (stage,) = found.stages
+    size = stage.size
     assert size is not None
-    return round(size.peak_bytes.expected / GIB, 2)
+    fix = next((item.fix for item in stage.findings if item.code == "size.does_not_fit"), "")
+    return {"rows": size.micro_batch, "peak_gib": round(size.peak_bytes.expected / GIB, 2)} | (
+        {"fix": fix} if fix else {}
+    )
 
 
 def main() -> None:
@@ -141,7 +146,7 @@ def main() -> None:
         write_data(folder)
         for sentence, on in CASES:
             found = planned(sentence, on, folder)
-            rows.append({"says": sentence, "on": on, "plan": decisions(found), "peak_gib": peak(found)})
+            rows.append({"says": sentence, "on": on, "plan": decisions(found), "about": figures(found)})
             old = before.get((sentence, on))
             if old is None or old["plan"] != rows[-1]["plan"]:
                 print(f"{'new' if old is None else 'changed'}: {sentence!r} on {on}")
