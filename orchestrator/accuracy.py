@@ -25,6 +25,7 @@ RUNS = 60  # the latest that are read
 TAIL = 20  # lines at the end of an attempt among which its figures stand
 HEAD = 5000  # lines at its beginning among which it says what it runs on
 WAIT_SECONDS = 0.05  # for a lock: an estimate is worth no more
+_EASED = '%"code":"oom.rung"%'  # what a run says when it gives something up for want of memory
 Doc = dict[str, Any]
 
 _ENDED = """
@@ -48,7 +49,8 @@ ORDER BY a.ended_at DESC
 class Record:
     """One ended attempt: estimates as the plan's documents, measured figures by their keys, and what it ran on.
 
-    `whole`: it did all of its job, from the first step to the last. `exceeded`: it ended for want of memory.
+    `whole`: it did all of its job, from the first step to the last. `exceeded`: it wanted more memory than there was,
+    and ended for it or went on with less at a time.
     """
 
     job: str
@@ -91,8 +93,8 @@ class Record:
             family=self.family,
             bytes=_pair(_formula(self.bytes), self.held),
             exceeded=self.exceeded,
-            rate=_pair(_formula(self.rate), self.speed),
-            rest=_pair(*self._rest()),
+            rate=None if self.exceeded else _pair(_formula(self.rate), self.speed),
+            rest=None if self.exceeded else _pair(*self._rest()),
         )
 
     def _rest(self) -> tuple[float | None, float | None]:
@@ -234,6 +236,12 @@ def _measured(metrics: sqlite3.Connection, record: Record) -> Record:
     lines = metrics.execute(
         "SELECT doc FROM lines WHERE job = ? AND attempt = ? ORDER BY line DESC LIMIT ?", (*key, TAIL)
     ).fetchall()
+    eased = metrics.execute(
+        "SELECT 1 FROM lines INDEXED BY lines_alert"
+        " WHERE job = ? AND attempt = ? AND kind = 'alert' AND doc LIKE ? LIMIT 1",
+        (*key, _EASED),
+    ).fetchone()
+    record = replace(record, exceeded=record.exceeded or eased is not None)
     if record.exceeded:
         lines += metrics.execute(
             "SELECT doc FROM lines WHERE job = ? AND attempt = ? AND line < ? AND kind = 'log'", (*key, HEAD)

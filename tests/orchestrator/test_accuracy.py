@@ -72,6 +72,7 @@ def run(core) -> Run:
         state: AttemptState = AttemptState.SUCCEEDED,
         error: str | None = None,
         lines: int = 3,
+        alert: str | None = None,
         **spec: Any,
     ) -> str:
         job = core.queued(foretold(core.make_plan(), **spec))
@@ -79,6 +80,8 @@ def run(core) -> Run:
         about = {"level": "info", "message": "", "stack": STACK if stack is None else stack, "family": "llama"}
         said: list[tuple[Kind, dict[str, Any], int | None]] = [(Kind.LOG, about, None)]
         said += [(Kind.METRIC, {"train/loss": 1.0}, step + 1) for step in range(lines)]
+        if alert is not None:
+            said.insert(2, (Kind.ALERT, {"level": "warning", "code": alert, "message": ""}, 1))
         if error is None:
             said += [(Kind.METRIC, FIGURES if figures is None else figures, lines), (Kind.LOG, about, None)]
         said += [(Kind.STATE, {"state": str(state), "error": None}, None)]
@@ -166,6 +169,16 @@ def test_a_run_that_wanted_more_memory_says_so_much(core, run: Run, code: str) -
     assert document["memory"]["runs"] == 0
     (past,) = recalled(core.home.path, [DEVICE])[0].past
     assert (past.exceeded, past.bytes, past.rate, past.rest) == (True, (1.25 * GB, 8 * GB), None, None)
+
+
+def test_a_run_that_went_on_with_less_needed_more_than_there_was(core, run: Run) -> None:
+    run(alert="data.truncated")
+    run(alert="oom.rung")
+    eased, usual = accuracy(core.home)["runs"]
+    assert (eased["memory"]["exceeded"], eased["memory"]["actual"]) == (True, 8 * GB)
+    assert usual["memory"]["exceeded"] is False
+    past = recalled(core.home.path, [DEVICE])[0].past[0]
+    assert (past.exceeded, past.rate, past.rest) == (True, None, None)
 
 
 def test_a_run_that_ended_early_says_nothing_of_the_whole(core, run: Run) -> None:
