@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -147,9 +148,10 @@ def test_what_would_fit_does_fit(make):
     assert not size.fits
     (finding,) = findings
     first = finding.fix.removeprefix("This would fit: ").partition("; ")[0]
-    said = re.match(r"train\.micro_batch=(\d+)(?: with train\.activation_checkpointing=(true))? \(same result, ", first)
-    train = TrainSpec(micro_batch=int(said[1]), effective_batch=16, activation_checkpointing=bool(said[2]))
-    assert resolve(make.spec(train=train), find("llama-3.1-8b"), report, card)[1].fits
+    assert "(same result, " in first
+    changes = {name: json.loads(value) for name, value in re.findall(r"train\.(\w+)=(\w+)", first)}
+    better = replace(task, train=replace(task.train, **changes))
+    assert resolve(better, find("llama-3.1-8b"), report, card)[1].fits
     need = int(finding.fix.rsplit("a device with ", 1)[1].split()[0])
     assert resolve(task, find("llama-3.1-8b"), report, make.gpu("l40s", need))[1].fits
 
