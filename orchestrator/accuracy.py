@@ -21,10 +21,14 @@ from tunesmith.orchestrator.home import Home
 from tunesmith.orchestrator.nouns import Device, Past
 from tunesmith.orchestrator.store import sqlite_error
 
-RUNS = 60  # the latest that are read
+RUNS = 40  # the latest that are read
 TAIL = 20  # lines at the end of an attempt among which its figures stand
 HEAD = 5000  # lines at its beginning among which it says what it runs on
 WAIT_SECONDS = 0.05  # for a lock: an estimate is worth no more
+_LAST = """
+SELECT doc FROM (SELECT doc FROM lines WHERE job = ? AND attempt = ? ORDER BY line DESC LIMIT ?)
+WHERE instr(doc, '"time/total_seconds":') OR instr(doc, '"stack":')
+"""
 _EASED = '%"code":"oom.rung"%'  # what a run says when it gives something up for want of memory
 Doc = dict[str, Any]
 
@@ -233,9 +237,7 @@ def _record(row: sqlite3.Row) -> Record:
 def _measured(metrics: sqlite3.Connection, record: Record) -> Record:
     """The record with what the attempt said at its end; one that was killed said at its beginning what it ran on."""
     key = (record.job, record.attempt)
-    lines = metrics.execute(
-        "SELECT doc FROM lines WHERE job = ? AND attempt = ? ORDER BY line DESC LIMIT ?", (*key, TAIL)
-    ).fetchall()
+    lines = metrics.execute(_LAST, (*key, TAIL)).fetchall()
     eased = metrics.execute(
         "SELECT 1 FROM lines INDEXED BY lines_alert"
         " WHERE job = ? AND attempt = ? AND kind = 'alert' AND doc LIKE ? LIMIT 1",

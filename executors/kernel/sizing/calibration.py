@@ -19,6 +19,7 @@ TWO_SIDED = 1.96  # standard deviations to each side that hold 95 %
 HUBER = 1.345  # residuals above this many deviations pull with a constant force
 GUESSED_RUNS = 3  # how many runs the starting guess of the scatter is worth
 FLOOR = 0.007  # no range is narrower: the same run twice differs by as much
+HALVINGS = 24  # of an interval of a few units: to a ten-millionth
 FURTHEST = math.log(20)  # a ratio beyond this is a mistake of measuring
 
 
@@ -169,19 +170,15 @@ def _location(belief: Belief, ratios: Sequence[float], least: Sequence[float]) -
     """Where the derivative of the penalties is nought: it rises all the way, so halving an interval finds it."""
 
     def slope(at: float) -> float:
-        pulls = [_clipped((at - value) / belief.scatter) for value in ratios]
-        pulls += [min(0.0, _clipped((at - value) / belief.scatter)) for value in least]
+        pulls = [max(-HUBER, min(HUBER, (at - value) / belief.scatter)) for value in ratios]
+        pulls += [max(-HUBER, min(0.0, (at - value) / belief.scatter)) for value in least]
         return at / belief.bias**2 + math.fsum(pulls) / belief.scatter
 
     low, high = min((0.0, *ratios)), max((0.0, *ratios, *least))
-    for _ in range(50):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return (low + high) / 2
-
-
-def _clipped(deviations: float) -> float:
-    return max(-HUBER, min(HUBER, deviations))
 
 
 def _ratio(pair: Sequence[float] | None) -> float | None:
