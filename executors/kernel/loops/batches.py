@@ -44,8 +44,7 @@ class Sampler:
         self.effective_batch = effective_batch
         self.seed = seed
         self.steps_per_epoch = math.ceil(rows / effective_batch)
-        self._epoch = -1
-        self._order: list[int] = []
+        self._known: tuple[int, list[int]] = (-1, [])  # one object: batches are made ahead in another thread
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
         """Optimizer steps of a run; `max_steps` outranks `epochs` and may go over several."""
@@ -53,7 +52,8 @@ class Sampler:
 
     def order(self, epoch: int) -> list[int]:
         """Every row index once, in the order of this epoch."""
-        if epoch != self._epoch:
+        known, found = self._known
+        if epoch != known:
             key = f"{self.seed}:{epoch}".encode()
             place = hashlib.blake2b(key, digest_size=16)
 
@@ -62,9 +62,9 @@ class Sampler:
                 mine.update(b":%d" % row)
                 return mine.digest()
 
-            self._order = sorted(range(self.rows), key=where)
-            self._epoch = epoch
-        return self._order
+            found = sorted(range(self.rows), key=where)
+            self._known = (epoch, found)
+        return found
 
     def step(self, index: int) -> list[int]:
         """The row indices of optimizer step `index`, which counts from 0 over the whole run."""

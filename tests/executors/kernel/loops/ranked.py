@@ -32,6 +32,7 @@ from tunesmith.executors.kernel.loops.grpo import Grpo, Judge
 from tunesmith.executors.kernel.loops.reference import Reference
 from tunesmith.executors.kernel.loops.rollout import Rollout
 from tunesmith.executors.kernel.loops.sft import Sft
+from tunesmith.executors.kernel.preflight import Preflight
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.executors.kernel.silent import Silent
 from tunesmith.orchestrator.errors import JobFailed, TunesmithError
@@ -150,8 +151,13 @@ def made(method, net, spec, rows, ranks, reporter, control):
     return Grpo(net, asked, spec.grpo, rollout=rollout, judge=judge, **voice, **sizes)
 
 
-def train(seat, folder, adapter, settings, rows, held=(), method="sft", grpo=(), resume=None, spare=False, deeds=()):
+def train(
+    seat, folder, adapter, settings, rows, held=(), method="sft", grpo=(), resume=None, spare=False, deeds=(), dry=None
+):
     """A run of the engine on a tiny model.
+
+    With `dry` (a step, a limit) the last rank has no memory for larger batches from that step on; step -1 is before the
+    first one, which is then tried.
 
     `deeds` are steps: after `stop` rank 0 gets TERM, in the rollout after `torn` as well, after `kill` rank 1 dies.
     """
@@ -194,6 +200,15 @@ def train(seat, folder, adapter, settings, rows, held=(), method="sft", grpo=(),
         do("torn", 0, signal.SIGTERM)
         return usual(*args, **more)
 
+    def look(module, given):
+        if torch.is_grad_enabled() and engine.cursor.step >= dry[0] and given[0].numel() > dry[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if dry is not None:
+        if seat.rank == seat.world - 1:
+            net.causal.get_input_embeddings().register_forward_pre_hook(look)
+        if dry[0] < 0:
+            Preflight(engine, folder / "cache", {}, reporter=reporter, pause=lambda: None).run()
     engine._step = partial(stepping, engine._step)
     if method == "grpo":
         engine.method.rollout.generate = partial(generating, engine.method.rollout.generate)
@@ -204,6 +219,7 @@ def train(seat, folder, adapter, settings, rows, held=(), method="sft", grpo=(),
     weights = {name: item.detach().contiguous() for name, item in net.trainable()}
     save_file(weights, folder / f"weights-{seat.rank}.safetensors")
     found = {"ended": outcome.ended, "step": outcome.step, "best": outcome.best_step, "ledger": outcome.ledger}
+    found |= {"room": [engine.method.room.rows, engine.method.room.tokens], "rungs": engine.ladder.taken}
     return found | {"metrics": [] if seat.rank else metrics(folder)}
 
 

@@ -282,3 +282,30 @@ def test_a_rank_killed_in_training_ends_the_run_and_its_checkpoints_stay(forks, 
     assert codes == [0, -signal.SIGKILL]
     assert found[0]["error"]["code"] == "ranks.lost"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.slow
+def test_before_the_first_step_all_ranks_give_up_the_same(forks, rows, tmp_path):
+    """Rank 1 alone has no room for the largest step; micro-batches stay the same in both, and so does the result."""
+    order = {"adapter": LORA, "settings": settings(micro_batch=4, effective_batch=8), "rows": rows(16)}
+    _, calm = forks.run("train", 1, tmp_path / "calm", **order)
+    codes, found = forks.run("train", 2, tmp_path / "dry", dry=[-1, 24], **order)
+    assert codes == [0, 0]
+    assert [one["room"] for one in found] == [[1, 64]] * 2
+    assert [one["rungs"] for one in found] == [2, 2]
+    assert found[0]["ledger"] == found[1]["ledger"] == calm[0]["ledger"]
+    assert furthest(weights(tmp_path / "calm"), weights(tmp_path / "dry")) <= 1e-5
+    assert furthest(weights(tmp_path / "dry", 0), weights(tmp_path / "dry", 1)) == 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_in_a_step_ends_the_attempt_and_says_why(forks, rows, tmp_path):
+    order = {"adapter": LORA, "settings": settings(save_steps=1), "rows": rows(10)}
+    codes, found = forks.run("train", 2, tmp_path, dry=[1, 1], **order)
+    assert codes == [0, 0]
+    assert found[0]["error"]["code"] == "ranks.lost"
+    assert found[1]["error"]["code"] == "oom.cuda"
+    assert "2 processes take every step together" in found[1]["error"]["why"]
+    assert "train.micro_batch" in found[1]["error"]["fix"]
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith("step"))
+    assert steps == ["step-00000001"]
