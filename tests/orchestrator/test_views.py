@@ -183,6 +183,19 @@ def test_a_plan_says_what_a_person_decides_by() -> None:
     assert out.index("error:") < out.index("warning:")
 
 
+def test_a_plan_says_what_the_next_cards_would_do() -> None:
+    doc = plan_doc()
+    cards = [("RTX 4080", 16, True, 0.553), ("RTX 3060", 12, False, None)]
+    doc["stages"][0]["size"]["elsewhere"] = [
+        {"hardware": name, "memory_bytes": gib * 1024**3, "fits": fits, "speed": speed}
+        for name, gib, fits, speed in cards
+    ]
+    out = drawn(views_plan.plan(doc))
+    assert "RTX 4080 (16.0 GiB) fits, 0.55 times as fast" in out
+    assert "RTX 3060 (12.0 GiB) does not fit" in out
+    assert "Elsewhere" not in drawn(views_plan.plan(plan_doc()))
+
+
 def test_a_plan_that_does_not_fit_says_so() -> None:
     doc = plan_doc()
     doc["stages"][0]["size"]["fits"] = False
