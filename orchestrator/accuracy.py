@@ -249,8 +249,8 @@ def _measured(metrics: sqlite3.Connection, record: Record) -> Record:
             "SELECT doc FROM lines WHERE job = ? AND attempt = ? AND line < ? AND kind = 'log'", (*key, HEAD)
         ).fetchall()
     said = [json.loads(line["doc"])["values"] for line in lines]
-    figures = next((values for values in said if "time/total_seconds" in values), {})
-    about = next((values for values in said if isinstance(values.get("stack"), dict)), {})
+    figures: Doc = next((values for values in said if "time/total_seconds" in values), {})
+    about: Doc = next((values for values in said if isinstance(values.get("stack"), dict)), {})
     return replace(
         record,
         figures=figures,
