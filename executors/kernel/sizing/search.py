@@ -45,7 +45,7 @@ class Found:
     """The best combination, or where none fits the one that needs least; and what the choice was between.
 
     fitted    all that fit with the quality of the best
-    refused   of each series of growing micro-batches, the first that did not fit
+    refused   of each series of growing micro-batches, the first that did not fit, and the whole step if it did not
     """
 
     best: Tried
@@ -57,11 +57,15 @@ class Found:
 def search(job: Job) -> Found:
     """The best knobs for a job. Cost: some hundred evaluations of closed forms, a few milliseconds."""
     refused: list[Tried] = []
-    device = _of_known_speed(job.device)
+    device, whole = _of_known_speed(job.device), job.counted
+    sizes = {packing: [*_rows_at_once(job, packing)] for packing in packings(job)}
     for kind, dtype, optimizer in qualities(job):
         fitted: list[Tried] = []
-        for packing, checkpointing in product(packings(job), _checkpointing(job)):
-            for rows in _rows_at_once(job, packing):
+        for packing, checkpointing in product(sizes, _checkpointing(job)):
+            over = False
+            for rows in sizes[packing]:
+                if over and rows < whole:  # a whole step at once finds no gradients from before: it may need less
+                    continue
                 knobs = Knobs(
                     kind=kind,
                     dtype=dtype,
@@ -73,7 +77,8 @@ def search(job: Job) -> Found:
                 layout = job.layout(knobs)
                 if not size.fits(layout, job.budget):
                     refused.append(Tried(knobs, layout))
-                    break
+                    over = True
+                    continue
                 fitted.append(Tried(knobs, layout, job.rate(knobs, device)))
         if fitted:
             return Found(_fastest(fitted), True, tuple(fitted), tuple(refused))

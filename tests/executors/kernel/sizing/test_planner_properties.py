@@ -54,7 +54,7 @@ knobs = st.builds(
 @settings(deadline=None)
 @given(models, methods, knobs, lengths, more, st.sampled_from(["rows", "length", "rank", "layers"]), st.booleans())
 def test_memory_never_falls_when_anything_grows(make, facts, method, turned, length, grown, what, gpu):
-    spec = spec_of(make, method, AdapterSpec(rank=grown), max_length=length + 200, effective_batch=64)
+    spec = spec_of(make, method, AdapterSpec(rank=grown), max_length=length + 200, effective_batch=256)
     device = make.gpu("h100") if gpu else make.cpu(64)
     job, _ = settle(spec, facts, report_of(make, 1000, 4000), device, None)
     if what == "rows":
