@@ -40,7 +40,7 @@ class Traced:
     peaks       most live bytes in each phase: forward; head, from the last layer's output to its gradient; backward
                 through the last and through the first layer, which bound those between; optimizer
     reserved    what the CUDA allocator takes for it, within some per cent: blocks of logits find room or not by chance
-    expandable  the same with expandable segments, within one per cent
+    expandable  the same with expandable segments, as our kernel asks for; within three per cent
     packed      whether batches were packed; not where the architecture's attention asks for what is not exact so
     seconds     what tracing took, imports left out; 0 where it was kept from an earlier time
     """
@@ -72,8 +72,9 @@ def trace(
     are written, and other models, are not in it. `cache` is a folder to keep traces in.
     Raises InputError (sizing.trace) where the architecture cannot be built or traced.
     """
-    request = {
-        "config": _text(config),
+    shape = _text(config)
+    request: dict[str, Any] = {
+        "config": shape,
         "kind": layout.kind,
         "rank": layout.rank,
         "targets": list(layout.targets),
@@ -85,10 +86,10 @@ def trace(
         "head": "loss" if layout.head == "tiled" else layout.head,
         "packed": packed,
     }
-    depth = request["config"].get("num_hidden_layers")
-    if not isinstance(depth, int) or depth < 1 or not isinstance(request["config"].get("model_type"), str):
+    depth = shape.get("num_hidden_layers")
+    if not isinstance(depth, int) or depth < 1 or not isinstance(shape.get("model_type"), str):
         raise _untraced("Its config has no model_type, or no number of layers.")
-    few, more = depths(request["config"])
+    few, more = depths(shape)
     kept = None if cache is None else cache / "traces" / f"{_key(request, (few, more))}.json"
     if kept is not None and (found := _read(kept)) is not None:
         return found
@@ -208,7 +209,7 @@ def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
     from tunesmith.executors.kernel.sizing import traced_step
 
-    traced_step.load()
+    traced_step.load(request)
     try:
         found = traced_step.steps(request)
     except NotImplementedError:

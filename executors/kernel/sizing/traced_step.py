@@ -1,7 +1,7 @@
 """A step of our own kernel on meta tensors. Imports torch and transformers: only a tracer's process imports this.
 
-The step is that of `loops`: a packed batch (or a padded one), the loss in chunks, gradients summed over two
-micro-batches, clipped, AdamW. The model is transformers' own, without weights; attention, the 4-bit base and the
+The step is that of `loops`: a packed batch (or a padded one) beside the gradients of the one before it, the loss in
+chunks, gradients clipped, AdamW. The model is transformers' own, without weights; attention, the 4-bit base and the
 optimizer are stood in for by what they allocate on CUDA.
 """
 
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -28,12 +29,14 @@ HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 WORKSPACE = 8_519_680  # cuBLAS takes it for each thread that multiplies
 
 
-def load() -> None:
-    """Import what a trace needs and importing takes seconds for."""
+def load(request: Mapping[str, Any]) -> None:
+    """Import what a trace needs, which takes seconds; transformers and torch fetch much of it when first called."""
     import peft  # noqa: F401
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    import torch._dynamo
 
     torch.set_num_threads(1)
+    with torch.device("meta"):
+        _module(request, 1)
 
 
 def steps(request: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -72,13 +75,13 @@ def step(request: Mapping[str, Any], layers: int) -> dict[str, Any]:
         kept = [tape.take(WORKSPACE) for _ in range(2)]
         hooks = tapes.phases(_layers(net.causal), tape)
         tape.rewind()
-        batch = _batch(request)
-        for _ in range(2):  # the second with the gradients of the first
-            tape.phase = "forward"
-            scored = _scored(net, batch, request["head"])
-            tape.phase = "head"
-            scored.backward()  # type: ignore[no-untyped-call]
-            del scored
+        tape.phase = "forward"
+        for item in weights:  # what the first micro-batch of a step leaves to the second
+            item.grad = torch.empty_like(item)
+        scored = _scored(net, _batch(request), request["head"])
+        tape.phase = "head"
+        scored.backward()  # type: ignore[no-untyped-call]
+        del scored
         tape.phase = "optimizer"
         tapes.clipped(weights)
         optimizer.step()
@@ -95,7 +98,7 @@ def step(request: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _spec(request: Mapping[str, Any]) -> JobSpec:
-    kind = "lora" if request["kind"] == "qlora" else request["kind"]
+    kind: Any = "lora" if request["kind"] == "qlora" else request["kind"]
     return JobSpec(
         model=ModelRef(id="traced/model"),
         data=(DataSource(source="none"),),
@@ -177,7 +180,8 @@ def _unmasked(causal: Any) -> Iterator[None]:
     def none(*_: Any, **__: Any) -> None:
         return None
 
-    with patch.multiple(module, **dict.fromkeys(names, none)):
+    stand_ins: dict[str, Any] = dict.fromkeys(names, none)
+    with patch.multiple(module, **stand_ins):
         yield
 
 
@@ -194,6 +198,11 @@ class _Dequantised(torch.autograd.Function):
         return grad @ quantised.read(ctx.weight, None).to(grad.dtype), None
 
 
+def _dequantised(packed: Any, x: Tensor) -> Tensor:
+    y: Tensor = _Dequantised.apply(x, packed)  # type: ignore[no-untyped-call]
+    return y
+
+
 @contextmanager
 def _narrow(net: model.Net, dtype: torch.dtype) -> Iterator[None]:
     """The linear layers but the head in 4 bits, as bitsandbytes holds them with doubly quantised scales."""
@@ -208,7 +217,8 @@ def _narrow(net: model.Net, dtype: torch.dtype) -> Iterator[None]:
             module.weight = packed
             module.scales = nn.Buffer(torch.empty(blocks, dtype=torch.uint8, device="meta"))
             module.outer = nn.Buffer(torch.empty(-(-blocks // 256), device="meta"))
-            module.forward = lambda x, packed=packed: _Dequantised.apply(x, packed)  # type: ignore[assignment]
+            layer: Any = module
+            layer.forward = partial(_dequantised, packed)
 
     def read(packed: Any, _: Any) -> Tensor:
         rows, columns = packed.quant_state

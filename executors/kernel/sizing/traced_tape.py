@@ -24,15 +24,16 @@ from tunesmith.executors.kernel.sizing.allocator import EMPTY, Event, rounded
 META = torch.device("meta")
 
 
-class Tape(TorchDispatchMode):
-    """Writes down when storages of meta tensors come and go; `phase` is what the step is doing.
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down when storages on one kind of device come and go; `phase` is what the step is doing.
 
     events  pairs as `allocator.replay` takes them
     peaks   most bytes held at once in each phase since the last `rewind`, in whole steps of 512 bytes
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.events: list[Event] = []
         self.peaks: dict[str, int] = {}
         self.phase = "weights"
@@ -77,7 +78,7 @@ class Tape(TorchDispatchMode):
         if isinstance(result, (tuple, list)):
             for item in result:
                 self._note(item)
-        elif isinstance(result, Tensor) and result.device.type == "meta":
+        elif isinstance(result, Tensor) and result.device.type == self.device:
             storage = result.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key in self._seen or size == 0:

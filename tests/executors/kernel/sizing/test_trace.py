@@ -144,6 +144,45 @@ def test_what_cannot_be_packed_says_so_and_is_traced_padded():
     assert traced_step.step(request(config, packed=False), 2)["peaks"]["forward"] > short + scores
 
 
+@pytest.mark.slow
+def test_a_tape_has_what_a_real_step_allocates():
+    """The same two steps on a CPU, once under torch's profiler and once under a tape."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tunesmith.executors.kernel.sizing.traced_tape import Tape
+
+    shape = LlamaConfig(
+        num_hidden_layers=3, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=352,
+        vocab_size=1000,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(shape).float(), torch.zeros(2, 96, dtype=torch.int64)
+
+    def steps(watch):
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        with watch:
+            for _ in range(2):
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    profiled = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    steps(profiled)
+    now = peak = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    tape = Tape("cpu")
+    tape.hold([*model.parameters(), *model.buffers(), ids])
+    before = tape.now
+    tape.rewind()
+    steps(tape)
+    assert max(tape.peaks.values()) - before == pytest.approx(peak, rel=0.005)  # its sizes are in steps of 512 bytes
+    assert tape.now == before
+
+
 @pytest.fixture
 def l40s(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
