@@ -12,11 +12,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if TYPE_CHECKING:
     from tunesmith.executors.kernel.sizing.traced_tape import Tape
@@ -49,9 +46,7 @@ class Order:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-LOOP = Order(
-    adapter=None, batch=4, lengths=(), checkpointing=False, amp=False, tiled=False, padded=True, early=True
-)  # fmt: skip
+LOOP = Order(adapter=None, batch=4, lengths=(), checkpointing=False, amp=False, tiled=False, padded=True, early=True)
 TRL = Order(
     adapter={"r": 16, "lora_alpha": 32, "target_modules": list(LINEAR)}, batch=2, lengths=(2048, 2048),
     checkpointing=True, amp=True, tiled=True, padded=False, early=False, fused=True,

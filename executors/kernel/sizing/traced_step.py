@@ -7,6 +7,7 @@ optimizer are stood in for by what they allocate on CUDA.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 import warnings
@@ -31,12 +32,11 @@ WORKSPACE = 8_519_680  # cuBLAS takes it for each thread that multiplies
 
 def load(request: Mapping[str, Any]) -> None:
     """Import what a trace needs, which takes seconds; transformers and torch fetch much of it when first called."""
-    import peft  # noqa: F401
-    import torch._dynamo
-
     torch.set_num_threads(1)
     with torch.device("meta"):
-        _module(request, 1)
+        _module(request, 1)  # which fails early where nobody knows the architecture
+    for name in ("peft", "torch._dynamo"):
+        importlib.import_module(name)
 
 
 def steps(request: Mapping[str, Any]) -> list[dict[str, Any]]:
