@@ -22,10 +22,10 @@ class Measured:
     memory/peak_bytes         CUDA: the most that tensors took at once; else the most resident memory of this process
     memory/reserved_bytes     CUDA: the most that the allocator had taken from the device
     memory/device_bytes       CUDA: that, and what libraries and the context hold beside it
-    time/train_seconds        optimizer steps alone: no loading, evaluation or saving
+    time/train_seconds        optimizer steps alone, no loading, evaluation or saving; those that time/tokens counts
     time/total_seconds        from the start of the attempt to now
     time/first_step_seconds   of a run from its first step
-    time/tokens               real tokens trained by this attempt
+    time/tokens               real tokens of those steps; where another attempt began the run, without this one's first
     time/tokens_per_second    of all steps but the first, where there are any
     """
 

@@ -104,3 +104,31 @@ def test_an_attempt_measures_itself(attempt, monkeypatch) -> None:
     assert first["family"] == last["family"] == "llama"
     assert "GiB were held" in last["message"]
     assert [event.kind for event in events(folder)][-3:] == [Kind.METRIC, Kind.LOG, Kind.STATE]
+
+
+def test_a_stopped_attempt_measures_itself_and_so_does_the_one_that_goes_on(attempt, monkeypatch) -> None:
+    from tunesmith.executors.kernel.loops.engine import Engine
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    first = attempt()
+    step = Engine._step
+
+    def told_to_stop(engine) -> None:
+        if engine.cursor.step == 2:
+            (first / "control").write_text('{"signal": "stop", "serial": 1}')
+        step(engine)
+
+    monkeypatch.setattr(Engine, "_step", told_to_stop)
+    assert runs.run(first) == 75
+    (half,) = [event for event in events(first, Kind.METRIC) if "time/tokens" in event.values]
+    assert half.step == 3
+    assert half.values["memory/peak_bytes"] > 0
+    monkeypatch.setattr(Engine, "_step", step)
+    second = attempt(number=2, resume_from="attempts/1/checkpoints/step-00000003")
+    assert runs.run(second) == 0
+    (rest,) = [event for event in events(second, Kind.METRIC) if "time/tokens" in event.values]
+    assert rest.step == 6
+    assert "time/first_step_seconds" not in rest.values
+    told = [event for event in events(second, Kind.METRIC) if "train/num_tokens" in event.values]
+    counted = {event.step: event.values["train/num_tokens"] for event in told}
+    assert rest.values["time/tokens"] == counted[6] - counted[4]
