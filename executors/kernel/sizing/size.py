@@ -1,25 +1,29 @@
-"""How many bytes one device must hold while a job trains: closed forms of our own kernel's step.
+"""How many bytes one device must hold while a job trains: our own kernel's step, phase by phase, without torch.
 
-What the forms describe: adapters in float32 on a frozen base of the asked type, or all weights in float32 under
-autocast; Adam in float32; packed batches with per-document attention, which never hold scores; logits for a chunk of
-supervised positions at a time. T is the number of tokens in a micro-batch. What autograd saves in each block are exact
-integers, counted with saved-tensor hooks on `loops` (transformers 5.23, peft 0.21); test_saved_bytes.py counts again.
+What is described: adapters in float32 on a frozen base of the asked type, or all weights in float32 under autocast;
+Adam in float32; packed batches with per-document attention, which never hold scores; logits for a chunk of supervised
+positions at a time. What a micro-batch holds at its peak comes from the order of its operations (`step.py`, `block.py`
+and `tape.py`); benchmarks/memory_cpu.py compares it with what torch gives out. T is the number of tokens in it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
 from tunesmith.executors.kernel.catalogue import ModelFacts
+from tunesmith.executors.kernel.sizing.block import Shape
 from tunesmith.executors.kernel.sizing.calibration import Correction
+from tunesmith.executors.kernel.sizing.step import Head, micro_batch
 from tunesmith.orchestrator.nouns import Estimate
 
 GIB = 2**30
 MIB = 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27, "mps": 1 << 24}  # logits held at a time, as in loops/loss.py
+PREFILL = {"cpu": 1024, "cuda": 8192, "mps": 1024}  # tokens of prompts that go through at once, as in loops/refill.py
 TILE = (4096, 32768)  # tokens and words of TRL's fused head
 NF4 = 0.5156  # bytes for each quantised parameter: 4 bits, and its share of the doubly quantised scales
 SAFE_SHARE = {"cpu": 0.85, "cuda": 0.95, "mps": 0.85}  # of a device's memory; the rest is other programs' and luck
@@ -51,65 +55,20 @@ class Layout:
     paged: bool = False  # whether those lie in pages that are kept from step to step
     copied: bool = False  # whether what writes has a copy of the adapted layers, the adapter merged in
     lent: int = 0  # bytes of the device that another library writes answers with
+    scored: int | None = None  # positions whose logits are made; None: of all tokens
+    packed: bool = True  # whether sequences share a row, each attended by itself
+    trees: int = 1  # prompts that `branched` answers stand beside
+    answer: int = 0  # tokens of the longest of them
+    ahead: int = 0  # prompts of a step's other micro-batches, which are laid out with it
+    window: int = 0  # tokens that attention looks back, 0 without a limit
+    asked: bool = True  # whether the model without its adapter is asked about a micro-batch of log-probabilities
+    alone: bool = False  # whether a step is one micro-batch, which then finds no gradients from before
     beside: int = 0  # bytes of another model: a teacher, or a reference that cannot be had by switching an adapter off
     known: Correction | None = None  # what earlier runs on the device say of these forms
 
     def but(self, **changes: object) -> Layout:
         """The same with some things changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
-
-
-# Bytes that autograd keeps of each token in one block, by kind and the bytes of the type computed in: for each unit of
-# (hidden, intermediate, query width, key width, rank of one target).
-_SAVED: dict[tuple[str, int], tuple[int, int, int, int, int]] = {
-    ("lora", 4): (16, 16, 12, 8, 4),
-    ("lora", 2): (12, 8, 6, 4, 2),
-    ("dora", 4): (32, 32, 20, 24, 4),
-    ("dora", 2): (26, 16, 10, 12, 2),
-    ("none", 4): (24, 16, 12, 8, 0),
-    ("none", 2): (26, 8, 6, 4, 0),
-}
-_SAVED_QK_NORM = {("none", 4): 8, ("none", 2): 6}  # for each unit of query and key width; 4 with an adapter
-_COPIES = {
-    ("dora", 4): 6.5,
-    ("dora", 2): 3.7,
-    ("none", 2): 2.0,
-}  # bytes for each parameter of the blocks, until backward
-_EAGER = {"gemma2": 8}  # attention that holds its scores: bytes for each head and pair of positions
-
-
-def saved_per_token(layout: Layout) -> int:
-    """Bytes that one block keeps of each token for the backward pass."""
-    facts, key = layout.facts, _key(layout)
-    full, width = layout.kind == "none", BYTES[layout.dtype]
-    hidden, inner, query, narrow, rank = _SAVED[key]
-    wide, thin = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    total = hidden * facts.hidden + inner * facts.intermediate * max(1, facts.experts_used)
-    total += query * wide + narrow * thin + rank * layout.rank * len(layout.targets) + 4 * facts.heads + 8
-    raised = key == ("lora", 2) and layout.device == "cpu"  # attention in float32 there: it is faster
-    if raised:
-        total += 4 * (wide + thin)
-    if facts.norms > 2:
-        total += (16 if full else 8) * facts.hidden + 8
-        total += 2 * (wide + thin) if key == ("none", 2) else 0
-    if facts.qk_norm:
-        total += _SAVED_QK_NORM.get(key, 4) * (wide + thin) + 4 * (facts.heads + facts.kv_heads)
-    if facts.model_type == "phi3" and not raised:  # query, key and value are copied out of one product
-        total += width * (wide + thin) - (6 * facts.hidden if key in (("dora", 2), ("none", 2)) else 0)
-    return total + _EAGER.get(facts.model_type, 0) * facts.heads * layout.longest
-
-
-def beside_per_token(layout: Layout) -> int:
-    """Bytes a token needs beside what is saved: the gradients of one block, or the last norm and the head's input."""
-    facts, full = layout.facts, layout.kind == "none"
-    block = 2 * BYTES[layout.dtype] * facts.intermediate * max(1, facts.experts_used) + 4 * facts.hidden
-    if layout.checkpointing:
-        return block
-    return max(block + (4 * facts.hidden if full else 0), (26 if full else 21) * facts.hidden)
-
-
-def _key(layout: Layout) -> tuple[str, int]:
-    return ("lora" if layout.kind == "qlora" else layout.kind), BYTES[layout.dtype]
 
 
 def target_names(facts: ModelFacts, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -128,67 +87,126 @@ def trainable(facts: ModelFacts, kind: Kind, rank: int, targets: tuple[str, ...]
 
 
 def parts(layout: Layout) -> dict[str, int]:
-    """The peak by what it is made of, in bytes."""
-    facts, key, width = layout.facts, _key(layout), BYTES[layout.dtype]
-    full = layout.kind == "none"
+    """The peak by what it is made of, in bytes: what is live then, and `overhead`, what a process holds beside."""
+    sizes = live(layout)
+    moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
+    return {**sizes, "overhead": PROCESS[layout.device] + round(SPREAD[layout.device] * moving)}
+
+
+def live(layout: Layout) -> dict[str, int]:
+    """Live bytes at the moment of an optimizer step when they are most, by what they are.
+
+    As torch's allocators count them: no process, no fragments. What is there all the time is counted first; of what
+    comes and goes, the larger of two phases: a micro-batch on its way forward and back, whose peak may lie anywhere in
+    it, and the writing of answers. In clipping and in the optimizer's step nothing is held but gradients; an evaluation
+    is a forward pass, and holds less than the same on its way back.
+    """
+    facts, full, width = layout.facts, layout.kind == "none", BYTES[layout.dtype]
     trained = trainable(facts, layout.kind, layout.rank, layout.targets)
-    narrow = blocks = facts.layers * sum(inputs * outputs for inputs, outputs in facts.linears.values())
-    if facts.experts:  # which are no linear layers, and stay as they are
-        blocks += facts.layers * facts.experts * 3 * facts.hidden * facts.intermediate
-    if layout.kind == "qlora":
-        weights = round(NF4 * narrow) + width * (facts.params - narrow)
-    else:
-        weights = (4 if full else width) * facts.params
-    saved = saved_per_token(layout)
-    kept = (
-        facts.layers * (4 if full else width) * facts.hidden + saved if layout.checkpointing else facts.layers * saved
-    )
-    activations = layout.tokens * (kept + beside_per_token(layout))
-    pairs = 2 * facts.kv_heads * facts.head_dim  # a token's key and value in one block
-    forked = layout.looked * pairs
-    if layout.device == "cpu":  # answers are cut out of their batch, to be seen beside their prompt
-        forked += layout.branched * (facts.heads * facts.head_dim + pairs)
-    activations += forked * (4 if layout.device == "cpu" else width) * (1 if layout.checkpointing else facts.layers)
-    activations += round(_COPIES.get(key, 0) * blocks / (facts.layers if layout.checkpointing else 1))
-    if layout.kind == "qlora":  # one dequantised layer at a time
-        activations += width * max(inputs * outputs for inputs, outputs in facts.linears.values())
-    logits = _logits(layout)
+    activations, logits, fresh = _training(_shape(layout), _head(layout), layout.checkpointing)
+    gradients = fresh + 4 * trained * (not layout.alone)
+    if activations + logits + gradients < 4 * trained:  # the optimizer's own step
+        activations, logits, gradients = 0, 0, 4 * trained
     sizes = {
-        "weights": weights,
+        "weights": _weights(layout),
         "adapter": 0 if full else 4 * trained,
         "optimizer": (2 if layout.optimizer == "adamw-8bit" else 8) * trained,
-        "gradients": 4 * trained,
+        "gradients": gradients,
         "activations": activations,
         "logits": logits,
     }
-    moving = sizes["activations"] + sizes["logits"] + sizes["gradients"]
+    cache = 2 * facts.layers * facts.kv_heads * facts.head_dim * width * layout.cached
+    kept, passing = cache * layout.paged, cache * (not layout.paged)
     if layout.lent:  # all of it, also while training; and one layer, merged, on its way there
-        sizes["rollout"] = layout.lent + 4 * width * max(inputs * outputs for inputs, outputs in facts.linears.values())
+        sizes["rollout"] = layout.lent + 4 * width * _largest(facts)
     elif layout.slots:
-        cache = facts.layers * pairs * width * layout.cached
-        writing = cache * (not layout.paged) + 10 * facts.vocabulary * layout.slots
-        sizes["rollout"] = max(0, writing - moving)  # gone before training begins again
-        sizes["rollout"] += cache * layout.paged + (width * _copied(layout) if layout.copied else 0)
+        # a row's logits, raised to float32, and their exponentials; a matrix on its way into its merged place
+        passing += (8 if width == 4 else 10) * facts.vocabulary * layout.slots + _prefill(layout)
+        passing = max(passing, 8 * _largest(facts) * layout.copied)
+        sizes["rollout"] = kept + (width * _copied(layout) if layout.copied else 0)
+        sizes["rollout"] += max(0, passing - activations - logits - gradients)  # gone before training goes on
     if layout.beside:
         sizes["other_model"] = layout.beside
-    sizes["overhead"] = PROCESS[layout.device] + round(SPREAD[layout.device] * moving)
     return sizes
 
 
-def _logits(layout: Layout) -> int:
-    """Bytes of the logits that are held at a time, and of what is made of them."""
+def saved_per_token(layout: Layout) -> float:
+    """Bytes that one block keeps of each token for the backward pass."""
+    head, shape = _head(layout), _shape(layout)
+
+    def held(layers: int, tokens: int) -> int:
+        facts = replace(layout.facts, layers=layers)
+        return sum(_training(replace(shape, facts=facts, tokens=tokens), head, False))
+
+    few, many = layout.tokens, 2 * layout.tokens
+    return (held(9, many) - held(8, many) - held(9, few) + held(8, few)) / few
+
+
+@lru_cache(maxsize=4096)
+def _training(shape: Shape, head: Head, checkpointing: bool) -> tuple[int, int, int]:
+    """(activations, logits, gradients beside those from before) of a micro-batch at its peak."""
+    activations, logits, gradients, _ = micro_batch(shape, head, checkpointing=checkpointing).at
+    return activations, logits, gradients
+
+
+def _shape(layout: Layout) -> Shape:
+    width, full = BYTES[layout.dtype], layout.kind == "none"
+    return Shape(
+        facts=layout.facts,
+        tokens=layout.tokens,
+        length=layout.longest,
+        width=width,
+        rank=0 if full else layout.rank,
+        targets=frozenset() if full else frozenset(layout.targets),
+        narrow=layout.kind == "qlora",
+        dora=layout.kind == "dora",
+        packed=layout.packed,
+        fused=layout.packed and layout.device == "cuda" and width == 2,
+        raised=layout.device == "cpu" and not (layout.kind == "dora" and width == 2),  # which autocast lowers again
+        branched=layout.branched,
+        looked=layout.looked,
+        trees=max(1, layout.trees),
+        answer=layout.answer,
+        ahead=layout.ahead if layout.device == "cpu" else 0,
+        window=layout.window,
+        alone=layout.alone,
+    )
+
+
+def _head(layout: Layout) -> Head:
     facts, width = layout.facts, BYTES[layout.dtype]
-    if layout.head == "none":
-        return 0
+    tile = 0
     if layout.head == "tiled":  # of every position; measured with TRL 1.16 on a CPU, 31 to 35 bytes for each
-        elements = min(layout.tokens, TILE[0]) * min(facts.vocabulary, TILE[1])
-        logits = elements * (32 if layout.device == "cpu" else 2 * width)
-    else:
-        elements = min(layout.tokens * facts.vocabulary, max(CHUNK_ELEMENTS[layout.device], 16 * facts.vocabulary))
-        logits = elements * (8 if width == 4 and layout.head == "loss" else 12)
-    if layout.kind == "none":  # the head's gradient, summed in float32 beside its last share
-        logits += 8 * facts.vocabulary * facts.hidden
-    return logits
+        tile = (
+            min(layout.tokens, TILE[0]) * min(facts.vocabulary, TILE[1]) * (32 if layout.device == "cpu" else 2 * width)
+        )
+    return Head(
+        kind=layout.head,
+        scored=layout.tokens if layout.scored is None else min(layout.scored, layout.tokens),
+        rows=max(16, CHUNK_ELEMENTS[layout.device] // facts.vocabulary),
+        tile=tile,
+        asked=layout.asked and layout.head == "logps" and layout.kind != "none",
+    )
+
+
+def _weights(layout: Layout) -> int:
+    facts, width = layout.facts, BYTES[layout.dtype]
+    if layout.kind == "qlora":
+        narrow = facts.layers * sum(inputs * outputs for inputs, outputs in facts.linears.values())
+        return round(NF4 * narrow) + width * (facts.params - narrow)
+    return (4 if layout.kind == "none" else width) * facts.params
+
+
+def _largest(facts: ModelFacts) -> int:
+    return max(inputs * outputs for inputs, outputs in facts.linears.values())
+
+
+def _prefill(layout: Layout) -> int:
+    """Prompts on their way through the model, as many as go at once: their MLP, and the logits that follow them."""
+    facts, width = layout.facts, BYTES[layout.dtype]
+    tokens = min(PREFILL[layout.device], layout.slots * layout.longest)
+    inner = facts.intermediate * max(1, facts.experts_used)
+    return width * tokens * (3 * inner + 4 * facts.hidden)
 
 
 def _copied(layout: Layout) -> int:
