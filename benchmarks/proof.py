@@ -40,6 +40,10 @@ ITEMS = (
         (*PYTEST, "tests/executors/kernel/test_deaths.py"),
     ),
     Item("learning", "GRPO raises the reward of held-out prompts", (*PYTEST, "tests/end_to_end/test_learning.py")),
+    Item("memory-l40s", "memory against published runs", (PYTHON, "benchmarks/memory_accuracy.py", "--l40s")),
+    Item("memory-cpu", "memory against our own steps", (PYTHON, "benchmarks/memory_accuracy.py", "--cpu")),
+    Item("memory-cgroup", "plans within an enforced limit", (PYTHON, "benchmarks/memory_accuracy.py", "--cgroup")),
+    Item("planning", "tier 0 search <= 100 ms, an 8B plan <= 1.0 s", (PYTHON, "benchmarks/planning.py")),
     Item(
         "gsm8k",
         "200 rows of GSM8K, 20 steps: succeeded, and the loss fell",

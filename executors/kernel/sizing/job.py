@@ -147,6 +147,7 @@ class Job:
             paged=rows.paged(kind, knobs.dtype),
             copied=self.spec.method == "grpo",
             lent=self._lent(),
+            packed=rows.packing and self.spec.method not in THROUGH_TRL,
             beside=self._beside(knobs),
             known=self.known.memory,
         )
