@@ -194,7 +194,8 @@ def limit_of(job: Job, spec: dict[str, Any], home: Path) -> int:
 
 def trained(spec: Any, stage: Any, job: str, limit: int, group: Cgroup, home: Path) -> tuple[bool, bool, int]:
     """(whether it ran to its end, whether the limit killed it, the most bytes charged to it)."""
-    from tunesmith.orchestrator.nouns import Attempt, plain
+    from tunesmith.orchestrator.nouns import Attempt
+    from tunesmith.orchestrator.plain import plain
 
     folder = home / "jobs" / job / "attempts" / "1"
     folder.mkdir(parents=True)

@@ -12,7 +12,8 @@ from tunesmith.graph.means import GGUF_KINDS
 from tunesmith.graph.naming import Mention, choices, looks_like_model
 from tunesmith.graph.sentence import Ref
 from tunesmith.graph.surroundings import ROLES, role_of
-from tunesmith.orchestrator.nouns import Finding, Question, Resolved, plain
+from tunesmith.orchestrator.nouns import Finding, Question, Resolved
+from tunesmith.orchestrator.plain import plain
 
 SHARED = ("backend", "hardware", "limits.usd", "limits.hours", "limits.memory_gb", "name")
 SUGGESTED = ("smollm2-135m", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "meta-llama/Llama-3.2-1B-Instruct", "Qwen/Qwen3-4B")

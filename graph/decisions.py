@@ -11,7 +11,8 @@ from tunesmith.graph import route as names
 from tunesmith.graph.diagnose import diagnose, error_doc, resume_point
 from tunesmith.graph.route import newest, route, runnable
 from tunesmith.orchestrator.errors import Conflict, NoDaemon, TunesmithError
-from tunesmith.orchestrator.nouns import Attempt, Finding, JobSpec, Plan, build, plain
+from tunesmith.orchestrator.nouns import Attempt, Finding, JobSpec, Plan
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.ports import JobPort, JobView
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, JOB_ENDS, JobState
 

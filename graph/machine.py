@@ -36,7 +36,8 @@ from tunesmith.graph.decisions import admitted, basis, next_attempt, reason, ref
 from tunesmith.graph.diagnose import diagnose
 from tunesmith.graph.route import newest, route
 from tunesmith.orchestrator.errors import Conflict, NoDaemon, TunesmithError
-from tunesmith.orchestrator.nouns import Plan, build, plain
+from tunesmith.orchestrator.nouns import Plan
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.ports import JobPort
 from tunesmith.orchestrator.states import JobState
 

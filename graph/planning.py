@@ -37,11 +37,10 @@ from tunesmith.orchestrator.nouns import (
     Resolved,
     Stage,
     TimeEstimate,
-    build,
-    plain,
     plan_hash,
 )
 from tunesmith.orchestrator.nouns import Mapping as DataMapping
+from tunesmith.orchestrator.plain import build, plain
 
 NOT_YET = (
     ("deliver.push", "the result is not pushed"),

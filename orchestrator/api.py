@@ -36,7 +36,8 @@ from tunesmith.orchestrator.home import Home, write_text
 from tunesmith.orchestrator.leases import Leases
 from tunesmith.orchestrator.logs import read_log
 from tunesmith.orchestrator.metrics import Metrics
-from tunesmith.orchestrator.nouns import SCHEMA_VERSION, plain
+from tunesmith.orchestrator.nouns import SCHEMA_VERSION
+from tunesmith.orchestrator.plain import plain
 from tunesmith.orchestrator.reading import Reading
 from tunesmith.orchestrator.store import Store, dumps
 

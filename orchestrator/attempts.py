@@ -8,7 +8,8 @@ from typing import Any
 
 from tunesmith.orchestrator.errors import Conflict
 from tunesmith.orchestrator.events import now
-from tunesmith.orchestrator.nouns import Attempt, build
+from tunesmith.orchestrator.nouns import Attempt
+from tunesmith.orchestrator.plain import build
 from tunesmith.orchestrator.ports import AttemptView, Handle
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, AttemptState, JobState, attempt_may
 from tunesmith.orchestrator.store import Row, Store, dumps, safe

@@ -16,7 +16,8 @@ from typing import Any
 from tunesmith.orchestrator import accuracy
 from tunesmith.orchestrator.errors import BackendUnavailable, InputError, TunesmithError
 from tunesmith.orchestrator.inert import inert
-from tunesmith.orchestrator.nouns import Device, plain
+from tunesmith.orchestrator.nouns import Device
+from tunesmith.orchestrator.plain import plain
 from tunesmith.orchestrator.ports import Executor
 
 GROUP = "tunesmith.executors"

@@ -79,7 +79,7 @@ class Parts:
         """
         from tunesmith.graph.planning import intake
         from tunesmith.orchestrator.commands import finding_error
-        from tunesmith.orchestrator.nouns import plain
+        from tunesmith.orchestrator.plain import plain
 
         draft = intake(request, {})
         for finding in draft.findings:

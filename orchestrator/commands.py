@@ -94,7 +94,7 @@ def is_spec(target: str, cwd: str) -> bool:
 
 def plan(wanted: Request, planner: Callable[[Request], Plan]) -> Doc:
     """The plan of a request; trains nothing and stores nothing."""
-    from tunesmith.orchestrator.nouns import plain
+    from tunesmith.orchestrator.plain import plain
 
     doc: Doc = plain(planner(wanted))
     return document(doc)
@@ -132,7 +132,7 @@ def schema(name: str) -> Doc:
 
 def submit(client: Client, wanted: Request, *, approve: Mapping[str, Any] | None = None) -> Doc:
     """Store a request. -> {"id", "state"}"""
-    from tunesmith.orchestrator.nouns import plain
+    from tunesmith.orchestrator.plain import plain
 
     return client.submit(plain(wanted), approve=approve)
 

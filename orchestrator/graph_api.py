@@ -13,7 +13,8 @@ from tunesmith.orchestrator import processes
 from tunesmith.orchestrator.attempts import handle_of
 from tunesmith.orchestrator.errors import InputError, TunesmithError
 from tunesmith.orchestrator.guard import json_object
-from tunesmith.orchestrator.nouns import Attempt, Finding, Plan, Remedy, build, plain
+from tunesmith.orchestrator.nouns import Attempt, Finding, Plan, Remedy
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.states import JobState
 from tunesmith.orchestrator.wishes import paid
 

@@ -17,7 +17,8 @@ from tunesmith.orchestrator.attempts import Attempts, view_of
 from tunesmith.orchestrator.errors import Conflict, InputError, NotReady, TunesmithError
 from tunesmith.orchestrator.events import now
 from tunesmith.orchestrator.home import Home, write_text
-from tunesmith.orchestrator.nouns import Attempt, Finding, Plan, Remedy, build, plain, spec_hash
+from tunesmith.orchestrator.nouns import Attempt, Finding, Plan, Remedy, spec_hash
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.ports import Artifact, JobView
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, JOB_ENDS, AttemptState, JobState, job_may
 from tunesmith.orchestrator.store import Row, Store, dumps, safe

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 from tunesmith.orchestrator.errors import NoDaemon, StorageError, TunesmithError, from_doc
 from tunesmith.orchestrator.home import Home
-from tunesmith.orchestrator.nouns import Attempt, Device, Finding, Plan, Remedy, build, plain
+from tunesmith.orchestrator.nouns import Attempt, Device, Finding, Plan, Remedy
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.ports import Artifact, JobPort, JobView
 from tunesmith.orchestrator.states import AttemptState, JobState
 

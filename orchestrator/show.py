@@ -9,7 +9,8 @@ from typing import Any
 
 from tunesmith.orchestrator.attempts import Attempts
 from tunesmith.orchestrator.metrics import Metrics
-from tunesmith.orchestrator.nouns import SCHEMA_VERSION, Plan, plain
+from tunesmith.orchestrator.nouns import SCHEMA_VERSION, Plan
+from tunesmith.orchestrator.plain import plain
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, AttemptState, JobState
 from tunesmith.orchestrator.store import Row, Store, split
 

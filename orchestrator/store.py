@@ -20,7 +20,8 @@ from tunesmith.orchestrator import home, schema
 from tunesmith.orchestrator.errors import Conflict, InputError, StorageError
 from tunesmith.orchestrator.events import finite, now
 from tunesmith.orchestrator.inert import mask
-from tunesmith.orchestrator.nouns import Approval, Plan, Request, build, plain
+from tunesmith.orchestrator.nouns import Approval, Plan, Request
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.states import JOB_ENDS, JobState, job_may
 
 KEYS = 10_000

@@ -21,6 +21,7 @@ from tunesmith.orchestrator.progress import Progress
 Doc = Mapping[str, Any]
 
 BAR = 24
+BESIDE = ("preflight/", "memory/", "time/")  # series about the machine, not about learning
 _SPARKS = "▁▂▃▄▅▆▇█"
 _MARKS = {"error": ("error", "bold red"), "warning": ("warning", "yellow"), "info": ("note", "cyan")}
 _STATES = {
@@ -170,9 +171,9 @@ def show(doc: Doc) -> RenderableType:
         if progress.get("eta_seconds") is not None and doc.get("state") == "running":
             line.append(f"   {figures.duration(progress['eta_seconds'])} left")
         rows.append(("Progress", line))
-    measured = {key: value for key, value in last.items() if number(value) is not None}
-    if measured:
-        rows.append(("Last", text("   ".join(f"{key} {figures.amount(measured[key])}" for key in list(measured)[:8]))))
+    shown = [key for key in last if not key.startswith(BESIDE) and number(last[key]) is not None]
+    if shown:
+        rows.append(("Last", text("   ".join(f"{key} {figures.amount(last[key])}" for key in shown[:8]))))
     for attempt in doc.get("attempts") or []:
         rows.append((f"Attempt {inert(attempt.get('number', ''), limit=6)}", _attempt(attempt)))
     for artifact in doc.get("artifacts") or []:

@@ -11,7 +11,8 @@ from typing import Any
 from tunesmith.orchestrator.attempts import Attempts
 from tunesmith.orchestrator.errors import Conflict, InputError, NotReady, Waiting
 from tunesmith.orchestrator.events import now
-from tunesmith.orchestrator.nouns import Plan, plain
+from tunesmith.orchestrator.nouns import Plan
+from tunesmith.orchestrator.plain import plain
 from tunesmith.orchestrator.states import JOB_ENDS, JobState
 from tunesmith.orchestrator.store import Store, dumps
 

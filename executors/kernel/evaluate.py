@@ -23,7 +23,8 @@ from tunesmith.executors.kernel import data
 from tunesmith.executors.kernel.explain import explained
 from tunesmith.executors.kernel.place import home_of
 from tunesmith.orchestrator.errors import InputError
-from tunesmith.orchestrator.nouns import Attempt, build
+from tunesmith.orchestrator.nouns import Attempt
+from tunesmith.orchestrator.plain import build
 
 BATCH = 16
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -11,12 +11,12 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.executors.kernel import checkpoint
+from tunesmith.executors.kernel import checkpoint, earlier
 from tunesmith.executors.kernel.control import Control
 from tunesmith.executors.kernel.crew import LOST, Crew, Seat, devices
 from tunesmith.executors.kernel.explain import explained, stopped
@@ -27,9 +27,10 @@ from tunesmith.executors.kernel.silent import Silent
 from tunesmith.executors.kernel.sizing.rows import processes
 from tunesmith.executors.kernel.spoken import speak
 from tunesmith.executors.kernel.track import Track
-from tunesmith.orchestrator.errors import InputError, Stopped, StorageError, TunesmithError
+from tunesmith.orchestrator.errors import InputError, Stopped, TunesmithError
 from tunesmith.orchestrator.events import Kind
-from tunesmith.orchestrator.nouns import Attempt, Finding, ModelRef, build, plain, spec_hash
+from tunesmith.orchestrator.nouns import Attempt, ModelRef, spec_hash
+from tunesmith.orchestrator.plain import build, plain
 
 if TYPE_CHECKING:
     from tunesmith.executors.kernel.data import Prepared
@@ -445,7 +446,7 @@ class Run:
 
     def _resume(self, engine: Engine | TrlEngine, ranks: Ranks) -> None:
         """Go on from the checkpoint that rank 0 found, if it found one; then every rank holds the same."""
-        path = ranks.gather(None if self.seat.rank else self._found())[0]
+        path = ranks.gather(None if self.seat.rank else self._checkpoint())[0]
         if path is not None:
             engine.resume(Path(path))
             origin = Path(path).parent.parent.name
@@ -456,51 +457,9 @@ class Run:
             ranks.same("task", engine.task)
             ranks.same("weights", fingerprint([item for _, item in engine.net.trainable()]))
 
-    def _found(self) -> str | None:
-        """The first checkpoint that verifies. Each one that does not is named, once."""
-        checkpoint.sweep(self.checkpoints)
-        tried: set[Path] = set()
-        for path in self._candidates():
-            if path.resolve() in tried:
-                continue
-            tried.add(path.resolve())
-            finding = _damage(path)
-            if finding is None:
-                return str(path)
-            self.reporter.alert(finding.code, finding.message, where=finding.where)
-        if self.attempt.resume_from is not None:
-            self.reporter.alert("checkpoint.none", "No checkpoint verifies, so training starts from the beginning.")
-        return None
-
-    def _candidates(self) -> Iterator[Path]:
-        """Checkpoints to go on from, best first: own ones, the one named, then of all attempts at this plan the newest.
-
-        An attempt that names none goes on from nobody else's: it was approved to start anew.
-        """
-        yield from (path for _, path in checkpoint.steps(self.checkpoints))
-        named = self.attempt.resume_from
-        if named is None:
-            return
-        job = self.folder.parent.parent.resolve()
-        path = (job / named).resolve()
-        if not path.is_relative_to(job):
-            raise InputError("A checkpoint must lie in the job's own folder.", code="checkpoint.outside", where=named)
-        if checkpoint.STEP.match(path.name):
-            yield path
-        places = [path, path.parent, *(folder / "checkpoints" for folder in self._earlier(job))]
-        found = [item for place in places for item in checkpoint.steps(place)]
-        yield from (path for _, path in sorted(found, key=lambda item: item[0], reverse=True))
-
-    def _earlier(self, job: Path) -> Iterator[Path]:
-        """The folders of earlier attempts at the same plan, the latest first."""
-        for number in range(self.attempt.number - 1, 0, -1):
-            folder = job / "attempts" / str(number)
-            try:
-                doc = json.loads((folder / "attempt.json").read_bytes())
-                if doc["plan_hash"] == self.attempt.plan_hash:
-                    yield folder
-            except (OSError, ValueError, TypeError, KeyError):
-                continue
+    def _checkpoint(self) -> str | None:
+        path = earlier.newest(self.folder, self.attempt, self.reporter)
+        return None if path is None else str(path)
 
     # --- what comes out ---------------------------------------------------------------------------------------------
 
@@ -558,18 +517,6 @@ def _settled(spec: Any) -> None:
             why="An attempt runs a plan in which every auto has been chosen.",
             fix="Submit the job through a plan.",
         )
-
-
-def _damage(folder: Path) -> Finding | None:
-    """Why a checkpoint cannot be gone on from; None where it verifies."""
-    try:
-        step = checkpoint.verify(folder).get("step")
-    except StorageError as error:
-        return Finding(level="warning", code=error.code, message=f"{error.message} {error.why}", where=folder.name)
-    if (step, folder) in checkpoint.steps(folder.parent):
-        return None
-    message = f"The checkpoint {folder.name} is damaged: it speaks of another step."
-    return Finding(level="warning", code="checkpoint.corrupt", message=message, where=folder.name)
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -24,25 +24,15 @@ from tunesmith.orchestrator.nouns import Device
 
 SMI_SECONDS = 5.0
 
-# Dense bf16 (T4: fp16) FLOP/s and bytes/s, from the makers' data sheets; the first pattern found in the name counts.
+# Dense bf16 FLOP/s and bytes/s of cards that are not among the usual ones (sizing/cards.py), from the makers' data
+# sheets; the first pattern found in the name counts.
 _GPUS: tuple[tuple[str, float, float], ...] = (
     (r"\bB200\b", 2250e12, 8000e9),
     (r"\bGH200\b", 989e12, 4000e9),
-    (r"\bH200\b", 989e12, 4800e9),
     (r"\bH100 NVL\b", 835e12, 3900e9),
     (r"\bH100 PCIe\b", 756e12, 2000e9),
-    (r"\bH100\b", 989e12, 3350e9),
-    (r"\bA100\b.*80GB", 312e12, 2039e9),
-    (r"\bA100\b", 312e12, 1555e9),
-    (r"\bL40S\b", 362e12, 864e9),
     (r"\bL40\b", 181e12, 864e9),
-    (r"\bL4\b", 121e12, 300e9),
-    (r"\bA10G\b", 70e12, 600e9),
     (r"\bA10\b", 125e12, 600e9),
-    (r"\bT4\b", 65e12, 320e9),
-    (r"\bRTX 5090\b", 209e12, 1792e9),
-    (r"\bRTX 4090\b", 165e12, 1008e9),
-    (r"\bRTX 3090\b", 71e12, 936e9),
 )
 _UNKNOWN_GPU = (30e12, 300e9)  # a small card of the last years, where nothing else is known
 
@@ -232,6 +222,11 @@ def gpu_speed(gpu: Gpu) -> tuple[float, float]:
     for pattern, flops, bandwidth in _GPUS:
         if re.search(pattern, gpu.name, re.IGNORECASE):
             return flops, bandwidth
+    from tunesmith.executors.kernel.sizing import cards
+
+    card = cards.named(gpu.name)
+    if card is not None:
+        return card.flops, card.bandwidth
     return gpu.peak_flops or _UNKNOWN_GPU[0], gpu.bandwidth or _UNKNOWN_GPU[1]
 
 

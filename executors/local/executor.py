@@ -15,7 +15,8 @@ from tunesmith.executors.local.ending import Ending, exit_record, lost
 from tunesmith.executors.local.folder import Folder
 from tunesmith.executors.local.launch import launch, slow
 from tunesmith.orchestrator.errors import BackendUnavailable, Conflict, NotReady, StorageError
-from tunesmith.orchestrator.nouns import SCHEMA_VERSION, Attempt, Device, plain
+from tunesmith.orchestrator.nouns import SCHEMA_VERSION, Attempt, Device
+from tunesmith.orchestrator.plain import plain
 from tunesmith.orchestrator.ports import Artifact, Dead, Handle, Observation, Signal
 from tunesmith.orchestrator.states import AttemptState
 

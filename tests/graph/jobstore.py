@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from tunesmith.orchestrator.errors import Conflict, NotReady
-from tunesmith.orchestrator.nouns import Approval, Device, Plan, Remedy, Request, build, plain
+from tunesmith.orchestrator.nouns import Approval, Device, Plan, Remedy, Request
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.ports import Artifact, AttemptView, JobView
 from tunesmith.orchestrator.states import ATTEMPT_ENDS, JOB_ENDS, AttemptState, JobState, attempt_may, job_may
 

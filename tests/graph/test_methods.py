@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tunesmith.graph.planning import plan
-from tunesmith.orchestrator.nouns import METHODS, SAMPLED, Device, Request, plain
+from tunesmith.orchestrator.nouns import METHODS, SAMPLED, Device, Request
+from tunesmith.orchestrator.plain import plain
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 GIB = 2**30

@@ -13,7 +13,8 @@ from tunesmith.executors.kernel.sizing.rows import processes
 from tunesmith.graph import planning
 from tunesmith.graph.planning import Draft, plan
 from tunesmith.orchestrator.errors import BackendUnavailable
-from tunesmith.orchestrator.nouns import Device, JobSpec, Request, build, plain
+from tunesmith.orchestrator.nouns import Device, JobSpec, Request
+from tunesmith.orchestrator.plain import build, plain
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 GIB = 2**30

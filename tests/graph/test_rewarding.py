@@ -25,9 +25,8 @@ from tunesmith.orchestrator.nouns import (
     ModelRef,
     Plan,
     Request,
-    build,
-    plain,
 )
+from tunesmith.orchestrator.plain import build, plain
 from tunesmith.orchestrator.states import JobState
 
 CPU = Device(backend="local", hardware="cpu", kind="cpu", memory_bytes=24 * 2**30, peak_flops=3e11, bandwidth=2e10)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tunesmith.orchestrator.errors import Conflict, InputError, NotReady, TunesmithError
-from tunesmith.orchestrator.nouns import plain
+from tunesmith.orchestrator.plain import plain
 from tunesmith.orchestrator.states import JOB_ENDS
 
 REQUEST = {"text": "SFT tiny on rows.jsonl", "cwd": "/"}

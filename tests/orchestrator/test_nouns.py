@@ -8,19 +8,8 @@ from dataclasses import replace
 import pytest
 
 from tunesmith.orchestrator.errors import InputError, TunesmithError, from_doc
-from tunesmith.orchestrator.nouns import (
-    Attempt,
-    DataSource,
-    JobSpec,
-    Mapping,
-    ModelRef,
-    Plan,
-    build,
-    canonical,
-    plain,
-    plan_hash,
-    spec_hash,
-)
+from tunesmith.orchestrator.nouns import Attempt, DataSource, JobSpec, Mapping, ModelRef, Plan, plan_hash, spec_hash
+from tunesmith.orchestrator.plain import build, canonical, plain
 
 SPEC = JobSpec(
     model=ModelRef(id="m"),

@@ -10,7 +10,8 @@ from tunesmith.orchestrator import wishes
 from tunesmith.orchestrator.attempts import Attempts
 from tunesmith.orchestrator.errors import Conflict, TunesmithError
 from tunesmith.orchestrator.leases import MAX_TRIES, Leases
-from tunesmith.orchestrator.nouns import Finding, Offer, Question, plain
+from tunesmith.orchestrator.nouns import Finding, Offer, Question
+from tunesmith.orchestrator.plain import plain
 from tunesmith.orchestrator.ports import Artifact
 from tunesmith.orchestrator.remote import view_from
 from tunesmith.orchestrator.states import AttemptState, JobState

@@ -216,6 +216,13 @@ def test_a_job_says_where_it_stands_and_what_comes_next() -> None:
         assert part in out, part
 
 
+def test_the_last_figures_are_about_learning() -> None:
+    last = {"preflight/peak_bytes": 540_090_368.0, "memory/peak_bytes": 1.5e9, "time/tokens": 9.0, "train/loss": 0.25}
+    out = drawn(views.show({**show_doc(), "last": last}))
+    assert "train/loss 0.25" in out
+    assert not any(name in out for name in ("preflight/", "memory/", "time/"))
+
+
 def test_a_sparkline_shows_the_course() -> None:
     assert views.sparkline([1, 2, 3, 4, 5, 6, 7, 8]) == "▁▂▃▄▅▆▇█"
     assert views.sparkline([2.0, 2.0]) == "▄▄"

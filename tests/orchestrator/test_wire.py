@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tunesmith.orchestrator import nouns, wire
 from tunesmith.orchestrator.errors import InputError
+from tunesmith.orchestrator.plain import plain
 
 BASE: dict[str, Any] = {"model": {"id": "Qwen/Qwen3-0.6B"}, "data": [{"source": "rows.jsonl"}]}
 
@@ -38,8 +39,8 @@ def test_a_spec_is_read_the_same_from_a_document_text_json_and_a_file(tmp_path: 
 
 def test_what_plain_writes_is_read_back_unchanged() -> None:
     spec = wire.read_spec({**BASE, "adapter": {"kind": "lora", "rank": 8, "targets": ["q_proj"]}})
-    assert wire.read_spec(nouns.plain(spec)) == spec
-    assert nouns.spec_hash(wire.read_spec(json.dumps(nouns.plain(spec)))) == nouns.spec_hash(spec)
+    assert wire.read_spec(plain(spec)) == spec
+    assert nouns.spec_hash(wire.read_spec(json.dumps(plain(spec)))) == nouns.spec_hash(spec)
 
 
 def test_short_forms_are_written_out_and_defaults_stay_out() -> None:
@@ -260,9 +261,9 @@ def test_the_schema_of_a_spec_says_what_the_reader_says() -> None:
     assert schema["required"] == ["model", "data"]
     assert schema["properties"]["tunesmith"]["const"] == 1
     known = set(schema["properties"])
-    assert known == set(nouns.plain(wire.read_spec(BASE)))
+    assert known == set(plain(wire.read_spec(BASE)))
     train = schema["$defs"]["TrainSpec"]["properties"]
-    assert set(train) == set(nouns.plain(nouns.TrainSpec()))
+    assert set(train) == set(plain(nouns.TrainSpec()))
     assert all(wire.schema(name)["$schema"].endswith("2020-12/schema") for name in ("plan", "event"))
     assert refused(wire.schema, "job").code == "schema.unknown"
 
@@ -318,4 +319,4 @@ def test_a_valid_spec_survives_yaml_and_json(epochs: float, steps: Any, rank: An
         "adapter": {"rank": rank, "targets": targets},
     }
     spec = wire.read_spec(doc)
-    assert wire.read_spec(yaml.safe_dump(nouns.plain(spec))) == spec == wire.read_spec(json.dumps(nouns.plain(spec)))
+    assert wire.read_spec(yaml.safe_dump(plain(spec))) == spec == wire.read_spec(json.dumps(plain(spec)))

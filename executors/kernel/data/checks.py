@@ -16,7 +16,8 @@ from tunesmith.executors.kernel.data.report import token_stats
 from tunesmith.executors.kernel.data.sources import Row, fingerprint, open_source
 from tunesmith.executors.kernel.data.tokens import Lengths
 from tunesmith.orchestrator.errors import InputError
-from tunesmith.orchestrator.nouns import METHODS, SCHEMA_VERSION, DataSource, Finding, plain
+from tunesmith.orchestrator.nouns import METHODS, SCHEMA_VERSION, DataSource, Finding
+from tunesmith.orchestrator.plain import plain
 
 PREVIEW = 3
 CLIP = 2000  # characters of a cell in a preview

@@ -326,6 +326,7 @@ class Engine:
                 loss = self.method.loss(batch.to(device)) / units
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
+                del loss  # or what its graph still holds would stand beside the next micro-batch
         self._passing = None
         meter = self.method.meter.drain(device)
         self._sum_gradients(total, meter)

@@ -99,7 +99,8 @@ def _alike(one: Tried, found: Found) -> bool:
 def _rows(job: Job, found: Found) -> str:
     best = found.best.knobs
     why = _how_many(job, found) if found.fits else "the fewest there can be"
-    said = f"{why}; {math.ceil(job.counted / best.rows)} of them make a step of {job.counted} {_what(job)}"
+    times = math.ceil(job.counted / best.rows)
+    said = f"{why}; {times} of them make a step of {job.counted} {_what(job)}" if times > 1 else why
     return f"{said}, which {job.ranks} processes share" if job.ranks > 1 else said
 
 

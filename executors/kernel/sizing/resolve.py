@@ -10,7 +10,7 @@ import math
 
 from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
-from tunesmith.executors.kernel.sizing import advice, calibration, cards, reasons, size, ways
+from tunesmith.executors.kernel.sizing import advice, calibration, elsewhere, reasons, size, ways
 from tunesmith.executors.kernel.sizing.job import Job
 from tunesmith.executors.kernel.sizing.search import Found, search
 from tunesmith.executors.kernel.sizing.settle import schedule, settle
@@ -75,5 +75,5 @@ def _size(job: Job, found: Found) -> Size:
         activation_checkpointing=layout.checkpointing,
         quantization="nf4" if layout.kind == "qlora" else None,
         rank=None if layout.kind == "none" else layout.rank,
-        elsewhere=cards.around(job, found),
+        elsewhere=elsewhere.around(job, found),
     )

@@ -39,9 +39,6 @@ def micro_batch(shape: Shape, head: Head, *, checkpointing: bool) -> Tape:
     block = Block(tape, shape)
     size, words = shape.tokens * facts.hidden, facts.vocabulary * facts.hidden
     beside = [tape.take(2 * shape.states * shape.tokens * facts.head_dim), tape.take(shape.masks)]
-    if checkpointing and not (shape.full or shape.alone):
-        # the engine holds a loss until it has the next; its graph keeps its first layer's input and one gradient
-        beside.append(tape.take(2 * shape.width * size))
     embedding = block.weight(2 if facts.tied and head.kind != "none" else 1) if shape.full else None
     first = Slot()
     if embedding is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.executors.kernel import catalogue
 from tunesmith.executors.kernel.catalogue import ModelFacts
-from tunesmith.executors.kernel.sizing import cards, defaults, size
+from tunesmith.executors.kernel.sizing import defaults, elsewhere, size
 from tunesmith.executors.kernel.sizing.job import Job
 from tunesmith.executors.kernel.sizing.search import Found
 from tunesmith.executors.kernel.sizing.settle import again
@@ -226,7 +226,7 @@ def _smaller_models(job: Job) -> Iterator[str]:
 def _larger(job: Job, found: Found) -> Iterator[str]:
     """The smallest usual card that would do, and how much memory of any device."""
     if job.device.kind == "cuda":
-        would = cards.smallest(job)
+        would = elsewhere.smallest(job)
         if would is not None:
             card, there = would
             yield f"a card of {card.gb} GB such as the {card.name} ({_takes(there)})"

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tunesmith.orchestrator.nouns import AdapterSpec, Attempt, DataSource, EvalSpec, JobSpec, ModelRef, TrainSpec, plain
+from tunesmith.orchestrator.nouns import AdapterSpec, Attempt, DataSource, EvalSpec, JobSpec, ModelRef, TrainSpec
+from tunesmith.orchestrator.plain import plain
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -11,7 +11,8 @@ import pytest
 from tunesmith.executors.kernel import data, evaluate, weights
 from tunesmith.executors.kernel.evaluate import generate, held_out, metric, right
 from tunesmith.orchestrator.errors import InputError
-from tunesmith.orchestrator.nouns import Attempt, DataSource, EvalSpec, JobSpec, ModelRef, plain
+from tunesmith.orchestrator.nouns import Attempt, DataSource, EvalSpec, JobSpec, ModelRef
+from tunesmith.orchestrator.plain import plain
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from tunesmith.executors.local import procfs, shim
 from tunesmith.executors.local.folder import Folder
 from tunesmith.executors.local.launch import environment
 from tunesmith.orchestrator.errors import Conflict, InputError, StorageError
-from tunesmith.orchestrator.nouns import Attempt, build
+from tunesmith.orchestrator.nouns import Attempt
+from tunesmith.orchestrator.plain import build
 from tunesmith.orchestrator.ports import Handle
 from tunesmith.orchestrator.states import AttemptState
 

@@ -1,11 +1,12 @@
 """GRPO around its rollout: what reward functions get and say, and a reference without noise."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from tunesmith.executors.kernel.control import Control
+from tunesmith.executors.kernel.data import Prompt
 from tunesmith.executors.kernel.loops.engine import Engine
 from tunesmith.executors.kernel.loops.grpo import Grpo, Judge
 from tunesmith.executors.kernel.loops.method import Turn
@@ -13,16 +14,6 @@ from tunesmith.executors.kernel.loops.rollout import Sample
 from tunesmith.executors.kernel.reporter import Reporter
 from tunesmith.orchestrator.events import Kind, decode
 from tunesmith.orchestrator.nouns import GrpoSpec
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A row as the data package makes it."""
-
-    row: int
-    ids: list[int]
-    prompt: str = ""
-    columns: dict = field(default_factory=dict)
 
 
 class Given:
@@ -77,7 +68,7 @@ def make_grpo(make_net, make_spec, tmp_path):
         net = net or make_net(make_spec())
         usual = GrpoSpec(**{"num_generations": 4, "max_completion": 4, **spec})
         judge = Judge(lambda ids: " ".join(map(str, ids)), scorer or Scorer())
-        prompts = [Prompt(at, [3 + at, 4, 5]) for at in rows]
+        prompts = [Prompt(at, [3 + at, 4, 5], "", {}) for at in rows]
         return Grpo(
             net, prompts, usual, rollout=Given(), judge=judge, reporter=reporter, seed=0, micro_batch=2, max_length=16,
             packing=True, pad_id=0,

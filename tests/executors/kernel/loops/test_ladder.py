@@ -1,13 +1,13 @@
 """Where memory runs out, less goes at a time, and what is trained stays what it was."""
 
 import json
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tunesmith.executors.kernel import checkpoint
+from tunesmith.executors.kernel.data import Prompt
 from tunesmith.executors.kernel.loops import trial
 from tunesmith.executors.kernel.loops.decode import Decoder
 from tunesmith.executors.kernel.loops.grpo import Grpo, Judge
@@ -292,16 +292,6 @@ def test_what_is_measured_of_a_step_counts_one_try_only(make_bench, make_spec, m
 # --- answers that are written -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A row to be answered."""
-
-    row: int
-    ids: list[int]
-    prompt: str = ""
-    columns: dict = field(default_factory=dict)
-
-
 class Evens:
     """A reward: the share of even tokens."""
 
@@ -324,7 +314,7 @@ def make_grpo_bench(make_net, make_spec, make_bench, tmp_path):
         (tmp_path / name).mkdir()
         sizes = {"micro_batch": spec.train.micro_batch, "max_length": 64, "packing": True, "pad_id": 0}
         method = Grpo(
-            net, [Prompt(at, [3 + at, 5, 7 + at, 9]) for at in range(8)],
+            net, [Prompt(at, [3 + at, 5, 7 + at, 9], "", {}) for at in range(8)],
             GrpoSpec(num_generations=4, max_completion=6, num_iterations=2), rollout=rollout,
             judge=Judge(str, Evens()), reporter=Reporter(tmp_path / name, 1), seed=0, **sizes,
         )  # fmt: skip

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tunesmith.executors.kernel.sizing import calibration
 from tunesmith.executors.kernel.sizing.calibration import MEMORY, PACE, TWO_SIDED, corrections, learn
-from tunesmith.orchestrator.nouns import Estimate, Past, TimeEstimate, build, plain
+from tunesmith.orchestrator.nouns import Estimate, Past, TimeEstimate
+from tunesmith.orchestrator.plain import build, plain
 
 BYTES = Estimate(low=0.9e9, expected=1e9, high=1.1e9, unit="bytes")
 TOKENS = Estimate(low=9e4, expected=1e5, high=1.1e5, unit="tokens")

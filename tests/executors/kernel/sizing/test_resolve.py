@@ -32,9 +32,8 @@ from tunesmith.orchestrator.nouns import (
     Limits,
     ModelRef,
     TrainSpec,
-    build,
-    plain,
 )
+from tunesmith.orchestrator.plain import build, plain
 
 
 def codes(findings, level=None):

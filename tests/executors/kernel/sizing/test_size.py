@@ -196,7 +196,7 @@ def test_trl_holds_a_tile_of_logits():
 
 def test_a_reward_model_has_no_logits():
     assert parts(layout(head="none"))["logits"] == 0
-    some = layout(dtype="float32", tokens=512, checkpointing=True)
+    some = layout(dtype="float32", tokens=128, checkpointing=True)
     words = 55 * 151_936  # rows of a chunk: 2**23 logits
     assert parts(some)["logits"] == 12 * words  # the last chunk's stay until the next are there
     assert parts(some.but(head="logps"))["logits"] == 12 * words

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-REAL = Path("/work/shared/data/kto_en_demo.json")
+REAL = Path(__file__).parents[6] / "shared" / "data" / "kto_en_demo.json"
 
 
 # --- what is trained -----------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from tunesmith.executors.kernel import rewards as scoring
 from tunesmith.executors.kernel import run as runs
 from tunesmith.executors.kernel.loops import trl
 from tunesmith.orchestrator.events import Kind, decode
-from tunesmith.orchestrator.nouns import Attempt, plain
+from tunesmith.orchestrator.nouns import Attempt
+from tunesmith.orchestrator.plain import plain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
